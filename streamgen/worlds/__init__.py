@@ -1,0 +1,1 @@
+"""Procedural worlds with a language and an exact oracle: ground truth that costs nothing."""
