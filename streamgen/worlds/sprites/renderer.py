@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -72,12 +72,14 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray, size) -> np.ndarray:
     return (ex * py - ey * px) / np.hypot(ex, ey) * -1
 
 
-def _paint(frames: np.ndarray, body: Body, size: int) -> None:
-    """Blend one run of a body into float frames [F, size, size, 3] in place."""
-    count = min(len(body.pose.x), len(frames) - body.first)
-    if count <= 0:
+def _paint(frames: np.ndarray, body: Body, first: int, size: int) -> None:
+    """Blend one run of a body into float frames [F, size, size, 3], which begin at frame `first`, in place."""
+    start, stop = max(body.first, first), min(body.first + len(body.pose.x), first + len(frames))
+    if start >= stop:
         return
-    x, y, scale, angle = (np.asarray(v[:count], np.float32) for v in _arrays(body.pose))
+    count, offset = stop - start, start - first
+    part = slice(start - body.first, stop - body.first)
+    x, y, scale, angle = (np.asarray(v[part], np.float32) for v in _arrays(body.pose))
     half = int(np.ceil(body.size * REACH[body.shape] * np.sqrt(2) * float(scale.max()) * size)) + 2
     left, top = np.floor(x * size).astype(int) - half, np.floor(y * size).astype(int) - half
     grid = (np.arange(2 * half, dtype=np.float32) + 0.5) / size
@@ -95,7 +97,7 @@ def _paint(frames: np.ndarray, body: Body, size: int) -> None:
         if x0 >= x1 or y0 >= y1:
             continue
         c = cover[i, y0 - top[i] : y1 - top[i], x0 - left[i] : x1 - left[i]]
-        patch = frames[body.first + i, y0:y1, x0:x1]
+        patch = frames[offset + i, y0:y1, x0:x1]
         patch += c * (rgb - patch)
 
 
@@ -155,8 +157,6 @@ def _keep(scene: Scene, before: Scene | None) -> Scene:
     """What a later prompt leaves open stays what it was."""
     if before is None:
         return scene
-    from dataclasses import replace
-
     actors = []
     for index, actor in enumerate(scene.actors):
         old = before.actors[index] if index < len(before.actors) else None
@@ -168,16 +168,16 @@ def _keep(scene: Scene, before: Scene | None) -> Scene:
     return Scene(tuple(actors), scene.background or before.background)
 
 
-def draw(script: Script, num_frames: int, size: int = SIZE) -> np.ndarray:
-    """Pictures of a played-out scene, uint8 [F, size, size, 3]."""
+def draw(script: Script, num_frames: int, first: int = 0, size: int = SIZE) -> np.ndarray:
+    """Pictures of a played-out scene from frame `first` on, uint8 [F, size, size, 3]."""
     frames = np.empty((num_frames, size, size, 3), np.float32)
     shade = 1 + GRADIENT * (1 - 2 * (np.arange(size, dtype=np.float32) + 0.5) / size)
-    for first, name in script.backgrounds:
+    for begin, name in script.backgrounds:
         rgb = np.asarray(BACKGROUNDS[name], np.float32)
-        frames[first:] = (shade[:, None] * rgb)[None, :, None, :]
+        frames[max(begin - first, 0) :] = (shade[:, None] * rgb)[None, :, None, :]
     for runs in script.bodies:
         for body in runs:
-            _paint(frames, body, size)
+            _paint(frames, body, first, size)
     return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
 
 

@@ -1,0 +1,1 @@
+"""Presets, model defaults and training recipes: YAML only, found through `importlib.resources`."""

@@ -1,0 +1,1 @@
+"""Recipes that make and distil models: objectives, data, and one trainer."""

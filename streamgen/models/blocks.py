@@ -1,0 +1,260 @@
+"""Building blocks of the causal Wan transformer, with the parameter names of `diffusers.WanTransformer3DModel`.
+
+Two numeric dialects. "mixed": matrix products in the compute dtype; norms, modulation, gates and the residual stream in float32.
+"strict": every step rounds to the weights' dtype, as Self-Forcing's bf16 run does. At streaming sizes (50 to 100 tokens) the
+number of operations costs more than the arithmetic, hence the few fused ones here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from streamgen.kernels.attention import attend
+from streamgen.models.context import AttentionContext
+
+__all__ = ["Attention", "CausalWanTransformerBlock", "ConditionEmbedder", "PatchEmbedding", "TextKeys", "modulate"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextKeys:
+    """Every block's cross-attention keys (normalised) and values, computed once per prompt: [B, P, L, H, D] per layer."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def num_prompts(self) -> int:
+        return self.keys[0].shape[1]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """One block's keys and values, prompts folded into the batch: [B·P, L, H, D]."""
+        return self.keys[index].flatten(0, 1), self.values[index].flatten(0, 1)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) over all heads together, times a weight."""
+
+    def __init__(self, dim: int, eps: float, strict: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps, self.strict = eps, strict
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.strict:  # the original rounds to the input's dtype before it multiplies
+            return F.rms_norm(x, weight.shape, None, self.eps) * weight.to(x.dtype)
+        if x.dtype == weight.dtype:  # one kernel; its statistics are float32 in any dtype
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Affine layer norm in the dtype of its input, which is float32 unless strict."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, strict: bool = False) -> Tensor:
+    """norm(x)·scale + shift, where `scale` already holds its "1 +".
+
+    Args:
+        x: [B, F, T, D].
+        shift, scale: [B or 1, F or 1, 1, D].
+    """
+    dim = x.shape[-1:]
+    if strict:
+        return F.layer_norm(x, dim, eps=eps) * scale + shift
+    if scale.numel() == dim[0]:  # one level for all frames: it is the affine part of the norm, no second pass over x
+        return F.layer_norm(x, dim, scale.reshape(dim), shift.reshape(dim), eps)
+    return torch.addcmul(shift, F.layer_norm(x, dim, eps=eps), scale)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor, strict: bool = False) -> Tensor:
+    """x + y·gate; in float32 for any dtype of `y` unless strict."""
+    return x + y * gate if strict else torch.addcmul(x, y, gate)
+
+
+class Attention(nn.Module):
+    """Projections and query-key norms of one attention; who attends to whom is the caller's business."""
+
+    def __init__(self, dim: int, heads: int, eps: float, strict: bool) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Identity()])
+        self.norm_q, self.norm_k = RMSNorm(dim, eps, strict), RMSNorm(dim, eps, strict)
+        self.heads = heads
+
+    def query(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, H, d]."""
+        return self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, L, D] -> keys (normalised) and values, [B, L, H, d] each."""
+        heads = (self.heads, -1)
+        return self.norm_k(self.to_k(x)).unflatten(-1, heads), self.to_v(x).unflatten(-1, heads)
+
+    def project(self, x: Tensor) -> Tensor:
+        """[B, L, H, d] -> [B, L, D]."""
+        return self.to_out[0](x.flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, linear; the odd nesting is diffusers' naming (`net.0.proj`, `net.2`)."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        first = nn.Module()
+        first.proj = nn.Linear(dim, ffn_dim)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(ffn_dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+
+
+class CausalWanTransformerBlock(nn.Module):
+    """Self-attention through a context, cross-attention to the text, feed-forward; modulated per frame."""
+
+    def __init__(self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float, strict: bool) -> None:
+        super().__init__()
+        self.attn1 = Attention(dim, heads, eps, strict)
+        self.attn2 = Attention(dim, heads, eps, strict)
+        self.norm2 = LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(dim, ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.eps, self.strict = eps, strict
+        self.attention_backend = "native"
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        layer: int,
+        context: AttentionContext,
+        text: Tensor | tuple[Tensor, Tensor],
+        prompts: Tensor | None,
+        dtype: torch.dtype,
+        stage_only: bool = False,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            x: [B, F, T, D], the residual stream.
+            time: [B or 1, F or 1, 6, D], see `ConditionEmbedder.time`.
+            text: [B·P, L, D] embedded text, or this block's (keys, values), [B·P, L, H, d] each.
+            prompts: [B·F], the row of `text` that each frame reads; None = one prompt for all frames.
+            dtype: of matrix products and attention.
+            stage_only: hand keys and values to the context and stop: nothing reads the rest.
+        Returns: [B, F, T, D].
+        """
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = self._levels(time)
+        h = modulate(x, shift, scale, self.eps, self.strict).to(dtype).flatten(1, 2)  # [B, L, D]
+        if stage_only:
+            context.stage(layer, *self.attn1.key_value(h))
+            return x
+        query = self.attn1.query(h)
+        h = self.attn1.project(context.attend(layer, query, *self.attn1.key_value(h)))
+        x = add_gated(x, h.view(x.shape), gate, self.strict)
+        x = x + self._read_text(self.norm2(x).to(dtype), text, prompts)
+        h = self.ffn(modulate(x, shift_ffn, scale_ffn, self.eps, self.strict).to(dtype))
+        return add_gated(x, h, gate_ffn, self.strict)
+
+    def _levels(self, time: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of self-attention, then of the feed-forward; [B or 1, F or 1, 1, D] each."""
+        if not self.strict:  # float32 whatever the table's dtype: `time` is, and already holds the "1 +" of both scales
+            return (self.scale_shift_table + time).split(1, dim=2)
+        levels = list((self.scale_shift_table.to(time.dtype) + time).split(1, dim=2))
+        levels[1], levels[4] = 1 + levels[1], 1 + levels[4]
+        return tuple(levels)
+
+    def _read_text(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], prompts: Tensor | None) -> Tensor:
+        """Cross-attention: [B, F, T, D] -> the same."""
+        key, value = self.attn2.key_value(text) if isinstance(text, Tensor) else text
+        if prompts is None:
+            query = self.attn2.query(x.flatten(1, 2))
+            if key.shape[0] != query.shape[0]:  # one text for the whole batch
+                key, value = key.expand(len(query), -1, -1, -1), value.expand(len(query), -1, -1, -1)
+        else:
+            query = self.attn2.query(x.flatten(0, 1))  # frames as a batch, each with its own text
+            key, value = key.index_select(0, prompts), value.index_select(0, prompts)
+        out = attend(query, key.to(query.dtype), value.to(query.dtype), backend=self.attention_backend)
+        return self.attn2.project(out).view(x.shape)
+
+
+class PatchEmbedding(nn.Conv3d):
+    """The patch convolution as one matrix product: stride equals kernel, so patches do not overlap."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, F, H, W] -> [B, D, f, h, w], a view whose memory is [B, f, h, w, D]."""
+        batch, channels, frames, height, width = x.shape
+        pt, ph, pw = self.kernel_size
+        grid = (frames // pt, height // ph, width // pw)
+        patches = x.reshape(batch, channels, grid[0], pt, grid[1], ph, grid[2], pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        tokens = F.linear(patches.flatten(4), self.weight.flatten(1), self.bias)
+        return tokens.permute(0, 4, 1, 2, 3)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, in_dim: int, dim: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(in_dim, dim), nn.Linear(dim, dim)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class ConditionEmbedder(nn.Module):
+    """Timesteps and text to what the blocks read."""
+
+    def __init__(self, dim: int, freq_dim: int, text_dim: int, strict: bool) -> None:
+        super().__init__()
+        self.time_embedder = _Mlp(freq_dim, dim, nn.SiLU())
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = _Mlp(text_dim, dim, nn.GELU(approximate="tanh"))
+        self.freq_dim, self.strict = freq_dim, strict
+
+    def time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Embed [B, F] timesteps.
+
+        Returns: [B, F, 1, D] for the head and [B, F, 6, D] for the blocks. Unless strict both are float32 and the scales among
+        the six rows (1 and 4) come with "1 +" added, once here rather than in every block.
+        """
+        waves = sinusoid(timestep, self.freq_dim)
+        first = self.time_embedder.linear_1.weight.dtype
+        if self.strict:
+            embedded = self.time_embedder(waves.to(dtype).to(first)).to(dtype)
+            levels = self.time_proj(F.silu(embedded).to(self.time_proj.weight.dtype)).to(dtype)
+            return embedded.unsqueeze(2), levels.unflatten(-1, (6, -1))
+        with torch.autocast(timestep.device.type, enabled=False):  # a few rows: full precision costs nothing
+            embedded = self.time_embedder(waves.to(first)).float()
+            levels = self.time_proj(F.silu(embedded).to(self.time_proj.weight.dtype)).float()
+        ones = levels.new_tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0])[:, None]
+        return embedded.unsqueeze(2), levels.unflatten(-1, (6, -1)) + ones
+
+    def text(self, prompt_embeds: Tensor, text_len: int | None, dtype: torch.dtype) -> Tensor:
+        """[B, P, L, text_dim] -> [B·P, L, D]. With `text_len` rows of zeros are added first and are attended to, as trained."""
+        rows = prompt_embeds.flatten(0, 1).to(dtype)
+        if text_len is not None:
+            if rows.shape[1] > text_len:
+                raise ValueError(f"the text has {rows.shape[1]} rows, this model takes at most text_len = {text_len}")
+            rows = F.pad(rows, (0, 0, 0, text_len - rows.shape[1]))
+        return self.text_embedder(rows)
+
+
+def sinusoid(timestep: Tensor, dim: int) -> Tensor:
+    """[B, F] -> [B, F, dim] float32, cosines first; float64 inside, where 1000·ω keeps all its digits."""
+    precise = torch.float64 if timestep.device.type != "mps" else torch.float32
+    ladder = torch.arange(dim // 2, dtype=precise, device=timestep.device).mul(-math.log(10000.0) / (dim // 2)).exp()
+    angles = timestep.to(precise).unsqueeze(-1) * ladder
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
