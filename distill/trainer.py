@@ -71,30 +71,57 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return warm * (1 - (1 - config.decay_to) * fall)
 
 
-def build_optimizers(module: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon (RMS-matched) for the weight matrices of transformer blocks where the recipe asks for it."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if config.matrix_learning_rate and "blocks." in name and p.ndim == 2]
-    taken = set(map(id, matrices))
-    rest = [p for _, p in named if id(p) not in taken]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            rest, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True
-        )
-    ]
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices,
-                lr=config.matrix_learning_rate,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
+def matrix_view(parameter: Tensor) -> Tensor:
+    """A weight as the matrix it is, sharing memory: linear [out, in], or a convolution's [out, h·w·in]."""
+    if parameter.ndim == 2:
+        return parameter.detach()
+    view = parameter.detach().permute(0, 2, 3, 1)
+    if not view.is_contiguous():
+        raise ValueError("convolutions are trained in channels_last memory, where their kernels are rows of a matrix")
+    return view.flatten(1)
+
+
+class Optimizers:
+    """AdamW, and Muon (RMS-matched) for weight matrices where the recipe asks for it."""
+
+    def __init__(self, module: nn.Module, config: TrainConfig) -> None:
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        wanted = bool(config.matrix_learning_rate)
+        self.sources = [p for name, p in named if wanted and (p.ndim == 4 or ("blocks." in name and p.ndim == 2))]
+        self.views = [matrix_view(p) for p in self.sources]
+        taken = set(map(id, self.sources))
+        rest = [p for _, p in named if id(p) not in taken]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                rest, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True
             )
-        )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return optimizers
+        ]
+        if self.views:
+            rate = config.matrix_learning_rate
+            self.parts.append(
+                torch.optim.Muon(
+                    self.views, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+        self.peaks = [part.param_groups[0]["lr"] for part in self.parts]
+
+    def step(self, factor: float) -> None:
+        """One update at `factor` times the peak rates; gradients are consumed."""
+        for source, view in zip(self.sources, self.views, strict=True):
+            view.grad = source.grad if source.ndim == 2 else source.grad.permute(0, 2, 3, 1).flatten(1)
+        for part, peak in zip(self.parts, self.peaks, strict=True):
+            part.param_groups[0]["lr"] = peak * factor
+            part.step()
+        for source in self.sources:
+            source.grad = None
+        self.parts[0].zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
 
 
 class Trainer:
@@ -104,7 +131,7 @@ class Trainer:
         self.task, self.config, self.manifest = task, config, manifest
         self.folder = Path(config.output) / config.recipe
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.optimizers = build_optimizers(task.module, config)
+        self.optimizers = Optimizers(task.module, config)
         self.average = AveragedModel(task.module, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.step, self.seconds, self.stopping = 0, 0.0, False
 
@@ -115,18 +142,14 @@ class Trainer:
             "seconds": self.seconds,
             "module": self.task.module.state_dict(),
             "average": self.average.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
+            "optimizers": self.optimizers.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
         self.task.module.load_state_dict(state["module"])
         self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            peaks = [group["peak"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(saved)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["peak"] = peak  # a resumed run may ask for another rate
+        self.optimizers.load_state_dict(state["optimizers"])
 
     @property
     def checkpoint(self) -> Path:
@@ -152,10 +175,6 @@ class Trainer:
         """One optimiser update from `accumulate` batches; equal to one large batch."""
         config, metrics = self.config, {}
         factor = learning_rate_factor(self.step, config)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
         for part in range(config.accumulate):
             rng = np.random.default_rng([config.seed, self.step, part])
             torch.manual_seed(int(rng.integers(2**31)))
@@ -166,8 +185,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.task.module.parameters(), config.clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient at step {self.step} is not finite: lower learning_rate and resume")
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self.optimizers.step(factor)
         self.average.update_parameters(self.task.module)
         self.step += 1
         return {**metrics, "norm": float(norm), "rate": factor}

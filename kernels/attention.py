@@ -1,6 +1,6 @@
 """Attention back-ends by name, one layout: [B, L, H, D] in and out.
 
-`native` (torch SDPA) is the reference and needs nothing; the others are extras that are probed before they are used and refused
+`native` (torch SDPA) is the reference and needs nothing; the others are extras, probed before they are used and refused
 with one line that says why. `streamgen doctor` prints what `available()` returns.
 """
 
@@ -24,7 +24,7 @@ __all__ = ["BACKENDS", "Backend", "attend", "available", "require"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backend:
-    """One way to compute attention. `probe` returns None if it is usable on this machine, else one line that says why not."""
+    """One way to compute attention. `probe` returns None if it is usable on this machine, else one line why not."""
 
     name: str
     run: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
@@ -127,7 +127,7 @@ def _probe_flex() -> str | None:
 
 
 def _probe_on_cuda(name: str, run: Callable[..., Tensor]) -> str | None:
-    """One real forward and backward against the reference; imports that work and kernels that do not are both common."""
+    """One real forward and backward against the reference; an import that works proves little."""
     try:
         with torch.enable_grad(), torch.inference_mode(False):
             # float16: every GPU generation the kernels support has it

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -42,7 +42,7 @@ def suggest(word: str, choices: Sequence[str]) -> str:
 def _keys(schema: type, prefix: str = "") -> list[str]:
     names = []
     for item in fields(schema):
-        default = item.default_factory() if callable(item.default_factory) else item.default
+        default = item.default if item.default_factory is MISSING else item.default_factory()
         names.append(prefix + item.name)
         if is_dataclass(default):
             names += _keys(type(default), f"{prefix}{item.name}.")
@@ -89,3 +89,112 @@ def merge(schema: type[T], *layers: object, source: str = "configuration") -> T:
 def read_config(schema: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     """One YAML file and a dotlist over the defaults of `schema`."""
     return merge(schema, path, list(overrides))
+
+
+# ---------------------------------------------------------------------------------------------- what a stream is
+@dataclass
+class ChunkConfig:
+    """`latent_frames`: frames denoised together."""
+
+    latent_frames: int = 3
+
+
+@dataclass
+class LadderConfig:
+    """Steps of a chunk; see `streamgen.ladder.build_ladder`."""
+
+    timesteps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
+    warp: bool = False
+    shift: float = 1.0
+    sigma: str = "exact"
+    solver: str = "renoise"
+
+
+@dataclass
+class ScheduleConfig:
+    """`coupling` names a registered schedule; `commit_level` is the timestep of the commit forward."""
+
+    coupling: str = "solo"
+    commit: str = "separate"
+    commit_level: float = 0.0
+
+
+@dataclass
+class CacheConfig:
+    """`policy` names a registered cache policy; sizes in latent frames; `options` go to external policies."""
+
+    policy: str = "window"
+    window: int = 21
+    sink: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PositionsConfig:
+    """`rule`: absolute or packed."""
+
+    rule: str = "absolute"
+
+
+@dataclass
+class SwitchConfig:
+    """What a new prompt does to the cache: keep | recache | reset | cut."""
+
+    mode: str = "recache"
+
+
+@dataclass
+class GuidanceConfig:
+    """Classifier-free guidance; scale 1 = one branch. `commit_branch`: own, or positive for both branches."""
+
+    scale: float = 1.0
+    commit_branch: str = "own"
+
+
+@dataclass
+class StreamConfig:
+    """Everything that tells one published system from another: schedule × cache policy × ladder."""
+
+    parity: str = "schedule"
+    violates: dict[str, str] = field(default_factory=dict)
+    chunk: ChunkConfig = field(default_factory=ChunkConfig)
+    ladder: LadderConfig = field(default_factory=LadderConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    positions: PositionsConfig = field(default_factory=PositionsConfig)
+    switch: SwitchConfig = field(default_factory=SwitchConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+
+    def __post_init__(self) -> None:
+        if self.chunk.latent_frames < 1:
+            raise InputError(f"chunk.latent_frames must be at least 1, got {self.chunk.latent_frames}")
+        check_choice("switch.mode", self.switch.mode, SWITCH_MODES)
+        check_choice("guidance.commit_branch", self.guidance.commit_branch, ("own", "positive"))
+        if not 0 <= self.schedule.commit_level < 1000:
+            raise InputError(f"schedule.commit_level is a timestep in 0-1000, got {self.schedule.commit_level}")
+
+
+SWITCH_MODES = ("keep", "recache", "reset", "cut")
+
+
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """Raises InputError with the choices and, for a typo, the nearest one."""
+    if value not in choices:
+        raise InputError(f"{key}={value!r} is unknown{suggest(value, choices)}: use {', '.join(choices)}")
+
+
+def preset_path(name: str) -> Path:
+    """The YAML of a preset. Raises InputError with a suggestion."""
+    path = config_root() / "presets" / f"{name}.yaml"
+    if "/" in name or not path.is_file():
+        names = available("presets")
+        raise InputError(f"unknown preset {name!r}{suggest(name, names)}: choose one of {', '.join(names)}")
+    return path
+
+
+def load_preset(name: str, overrides: Sequence[str] = (), model: dict | None = None) -> StreamConfig:
+    """A preset, the model's overrides on top (none by default), and a dotlist above both.
+
+    Raises: InputError for an unknown preset, key, or value of the wrong type.
+    """
+    return merge(StreamConfig, preset_path(name), model or {}, list(overrides))

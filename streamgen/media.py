@@ -1,15 +1,16 @@
 """Frames in and out of files, a chunk at a time, and a clock for showing them.
 
 The idea: a video is written while it is generated, so that its length costs no memory (ffmpeg's index apart: about 100
-bytes a frame, 6 MB an hour) and whatever ends the process leaves a file that plays. Encoding happens in a child process,
-ffmpeg, that reads raw frames from a pipe; it runs in a session of its own, so Ctrl-C does not reach it, and when our end
-of the pipe goes away, for whatever reason, it finishes the file. An mp4 is written in fragments of a second, so that even
-ffmpeg's own death costs only the last few.
+bytes a frame, 6 MB an hour) and whatever ends the process leaves a file that plays. Encoding happens in a child
+process, ffmpeg, that reads raw frames from a pipe; it runs in a session of its own, so Ctrl-C does not reach it, and
+when our end of the pipe goes away, for whatever reason, it finishes the file. An mp4 is written in fragments of a
+second, so that even ffmpeg's own death costs only the last few.
 
     with open_sink("story.mp4", fps=16) as sink:
         for chunk in stream:
             sink.write(chunk.frames)        # uint8 [f, H, W, 3]
 """
+
 from __future__ import annotations
 
 import contextlib

@@ -1,7 +1,7 @@
 """What self-attention sees: the one door between the transformer and whatever holds keys and values.
 
-The transformer hands each layer's query, key and value to a context and takes an attention output back. `DenseContext` keeps
-nothing: it is the training and bidirectional path. The cache implements the same protocol for streaming.
+The transformer hands each layer's query, key and value to a context and takes an attention output back. `DenseContext`
+keeps nothing: it is the training and bidirectional path. The cache implements the same protocol for streaming.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["AttentionContext", "DenseContext", "token_mask"]
 
 @runtime_checkable
 class AttentionContext(Protocol):
-    """Self-attention of one forward. Queries and keys arrive normalised and before rotation: positions are the context's.
+    """Self-attention of one forward. Queries and keys arrive normalised, before rotation: positions are the context's.
 
-    Under gradient checkpointing `attend` runs a second time for the same layer during the backward pass, so it must give the
-    same answer then: a context used for training keeps what it reads unchanged until backward is done.
+    Under gradient checkpointing `attend` runs a second time for the same layer during the backward pass and must give
+    the same answer then: a context used for training keeps what it reads unchanged until backward is done.
     """
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

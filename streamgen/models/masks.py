@@ -44,8 +44,8 @@ def teacher_forcing_mask(
 ) -> Tensor:
     """The mask over [clean | noisy] copies of one clip: every noisy chunk sees itself and the clean chunks before it.
 
-    So one forward computes what streaming computes chunk by chunk with clean context. Clean frames are block-causal among
-    themselves and never see noisy ones. Arguments as in `block_causal_mask`; both copies share their positions.
+    So one forward computes what streaming computes chunk by chunk with clean context. Clean frames are block-causal
+    among themselves and never see noisy ones. Arguments as in `block_causal_mask`; both copies share their positions.
     Returns: [2F, 2F].
 
     >>> teacher_forcing_mask(2, 1).int()
@@ -67,7 +67,8 @@ def _chunk_bounds(num_frames: int, chunk_frames: int, first_chunk: int | None) -
     """Per frame, the first frame of its chunk and the frame after its last."""
     first = chunk_frames if first_chunk is None else first_chunk
     if min(num_frames, chunk_frames, first) < 1:
-        raise ValueError(f"num_frames {num_frames}, chunk_frames {chunk_frames} and first_chunk {first} must be at least 1")
+        given = f"num_frames {num_frames}, chunk_frames {chunk_frames} and first_chunk {first}"
+        raise ValueError(f"{given} must each be at least 1")
     frames = torch.arange(num_frames)
     later = first + (frames - first).div(chunk_frames, rounding_mode="floor") * chunk_frames
     starts = torch.where(frames < first, 0, later)
@@ -82,5 +83,5 @@ def _in_window(frames: Tensor, ends: Tensor, chunk_frames: int, window: int | No
     if window is None:
         return torch.ones(len(frames), len(frames), dtype=torch.bool)
     if window < sink + chunk_frames:
-        raise ValueError(f"window {window} is too small: it holds the sink ({sink}) and the chunk itself ({chunk_frames})")
+        raise ValueError(f"window {window} cannot hold the sink ({sink}) and the chunk itself ({chunk_frames})")
     return (frames < sink) | (frames >= ends[:, None] - (window - sink))

@@ -18,8 +18,8 @@ Angles = tuple[Tensor, Tensor]
 class RotaryEmbedding:
     """Cosines and sines for tokens (f, h, w), pairs laid out [time | height | width].
 
-    Of the d/2 pairs of a head, height and width get d // 6 each and time the rest; pair j of an axis with n pairs turns by
-    theta^(-j/n) per position. Angles are formed in float64: in float32 a position of 10⁵ would be off by 10⁻².
+    Of the d/2 pairs of a head, height and width get d // 6 each and time the rest; pair j of an axis with n pairs turns
+    by theta^(-j/n) per position. Angles are formed in float64: in float32 a position of 10⁵ would be off by 10⁻².
 
     Not a module: it owns no weights and follows the device it is asked for.
     """
@@ -56,7 +56,7 @@ class RotaryEmbedding:
             height, width: patch grid of a frame.
             phase: radians added to every temporal pair; one number or one per frame, like `positions`.
             device: where the tables go; by default where `positions` is.
-        Returns: (cos, sin), float32, [F·T, 1, D/2] or [B, F·T, 1, D/2] with T = height·width. Shared: do not write to them.
+        Returns: (cos, sin), float32, [F·T, 1, D/2] or [B, F·T, 1, D/2] with T = height·width. Shared: read only.
         """
         device = torch.device(device) if device is not None else getattr(positions, "device", torch.device("cpu"))
         host = not isinstance(positions, Tensor) and isinstance(phase, (int, float))

@@ -76,7 +76,7 @@ class StreamingVAE(ModelMixin, ConfigMixin):
     def __init__(
         self,
         latent_channels: int = 24,
-        widths: Sequence[int] = (48, 80, 128),
+        widths: Sequence[int] = (64, 96, 128),
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
     ) -> None:

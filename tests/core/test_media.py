@@ -1,4 +1,5 @@
 """Videos survive what ends their writer, keep their size and rate, and cost no memory."""
+
 from __future__ import annotations
 
 import os
@@ -308,7 +309,7 @@ def test_contact_sheet_and_images(tmp_path):
     assert sheet.dtype == np.uint8 and sheet.shape == (4 + 2 * 24, 4 + 5 * 28, 3)
     np.testing.assert_array_equal(sheet[4:20, 4:28], clips[0][0])
     np.testing.assert_array_equal(sheet[4:20, 4 + 4 * 28 : 28 + 4 * 28], clips[0][9])  # spread: the last frame is there
-    labelled = media.contact_sheet(clips, columns=3, labels=["first", "a label that is far too long for its sheet"], every=2)
+    labelled = media.contact_sheet(clips, columns=3, labels=["first", "a label too long for its sheet"], every=2)
     assert labelled.shape == (4 + 2 * 16 + 3 * 24, 4 + 3 * 28, 3)  # 5 frames in two rows, 2 in one
     assert labelled[4:18].max() > 200  # text
     path = media.save_image(tmp_path / "sheet.png", sheet)

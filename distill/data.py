@@ -1,0 +1,144 @@
+"""Training data of the sprites world: clips rendered and encoded once, prompts drawn anew at every step.
+
+A latent clip keeps the complete scenes it shows and the chunk each begins at; a step then says them in other words,
+leaves attributes open, or says nothing. Only the "train" side of `split` is ever drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import safe_open, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from streamgen.models.vae import TIME, StreamingVAE
+from streamgen.worlds.sprites.language import (
+    ANY_SHAPE,
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    PARAPHRASES,
+    SHAPES,
+    Actor,
+    Change,
+    Scene,
+    Timeline,
+    change_scene,
+    describe,
+    omit,
+    sample_scene,
+    split,
+)
+from streamgen.worlds.sprites.renderer import draw, play
+
+log = logging.getLogger(__name__)
+
+SHARD = 100  # clips per unit of work
+
+
+def vocabulary() -> list[str]:
+    """Every word a prompt of the world can hold, as the tokenizer splits them."""
+    phrases = [*COLOURS, *BACKGROUNDS, *SHAPES, *MOTIONS, ANY_SHAPE, "a an and on against over background backdrop"]
+    phrases += [other for others in PARAPHRASES.values() for other in others] + ["- . , !"]
+    return sorted({word for phrase in phrases for word in phrase.replace("-", " - ").split()})
+
+
+def chunk_start(chunk: int, chunk_frames: int) -> int:
+    """First pixel frame of a chunk: 0, then 4·c·k - 3."""
+    return max(0, TIME * chunk_frames * chunk - (TIME - 1))
+
+
+def sample_timeline(rng: np.random.Generator, chunks: int, chunk_frames: int, changes: float = 0.3) -> Timeline:
+    """A training scene; with probability `changes` one attribute, actor or everything changes at a chunk boundary."""
+    scene = sample_scene(rng, "train")
+    parts = [Change(0, scene)]
+    if rng.random() < changes:
+        new, cut = change_scene(scene, rng)
+        while split(new) != "train":
+            new, cut = change_scene(scene, rng)
+        parts.append(Change(chunk_start(int(rng.integers(1, chunks)), chunk_frames), new, cut))
+    return Timeline(tuple(parts))
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """What a set of latent clips is made from; its fields name the file."""
+
+    codec: str
+    clips: int = 4800
+    chunks: int = 9
+    chunk_frames: int = 3
+    seed: int = 0
+
+
+def _encode_shard(spec: ClipSpec, shard: int) -> tuple[Tensor, list]:
+    torch.set_num_threads(1)
+    codec = StreamingVAE.from_pretrained(spec.codec)
+    frames = TIME * spec.chunks * spec.chunk_frames - (TIME - 1)
+    latents, scenes = [], []
+    for index in range(shard * SHARD, min(spec.clips, (shard + 1) * SHARD)):
+        rng = np.random.default_rng([spec.seed, 11, index])
+        timeline = sample_timeline(rng, spec.chunks, spec.chunk_frames)
+        script = play(timeline, frames, seed=int(rng.integers(2**31)))
+        pixels = torch.from_numpy(draw(script, frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            latents.append(codec.encode(pixels)[0][0].half())
+        scenes.append([[c.frame, c.cut, asdict(c.scene)] for c in script.scenes])
+    return torch.stack(latents), scenes
+
+
+def build_clips(spec: ClipSpec, path: Path, workers: int = 2) -> None:
+    """Render and encode a set of clips; the file appears when it is whole."""
+    shards = range(-(-spec.clips // SHARD))
+    latents, scenes = [], []
+    with ProcessPoolExecutor(workers) as pool:
+        for part, told in tqdm(pool.map(partial(_encode_shard, spec), shards), total=len(shards), desc="clips"):
+            latents.append(part)
+            scenes += told
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file({"latents": torch.cat(latents)}, temporary, metadata={"scenes": json.dumps(scenes)})
+    os.replace(temporary, path)
+
+
+def _scene(record: dict) -> Scene:
+    return Scene(tuple(Actor(**a) for a in record["actors"]), record["background"])
+
+
+class LatentClips:
+    """Latent clips in memory with their scenes: latents float16 [N, C, F, h, w]."""
+
+    def __init__(self, path: Path, chunk_frames: int) -> None:
+        with safe_open(path, "pt") as file:
+            self.latents = file.get_tensor("latents")
+            told = json.loads(file.metadata()["scenes"])
+        starts = {chunk_start(k, chunk_frames): k for k in range(self.latents.shape[2])}
+        self.scenes = [[(starts[frame], _scene(scene)) for frame, _, scene in clip] for clip in told]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def tell(scenes: list[Scene], rng: np.random.Generator, partial: float = 0.3, paraphrase: float = 0.25) -> list[str]:
+    """Prompts for the scenes of one clip: about 30 % of clips leave something open, the same thing throughout."""
+    if rng.random() < partial:
+        seed = int(rng.integers(2**31))
+        open_ = [omit(scene, np.random.default_rng(seed)) for scene in scenes]
+        if all(split(scene) == "train" for scene in open_) and _changes_told(scenes, open_):
+            scenes = open_
+    return [describe(scene, rng, paraphrase) for scene in scenes]
+
+
+def _changes_told(full: list[Scene], said: list[Scene]) -> bool:
+    """Whether every two scenes that differ are also said differently: a change nobody names teaches nothing."""
+    pairs = zip(zip(full, full[1:], strict=False), zip(said, said[1:], strict=False), strict=True)
+    return all(a == b or c != d for (a, b), (c, d) in pairs)

@@ -1,0 +1,251 @@
+"""Recipes `sprites/teacher` and `sprites/causal`: flow matching on latent clips, with text per chunk.
+
+One network learns every way it will be streamed: the batches mix clean history (teacher forcing, as released causal
+students expect), monotone joint windows (rolling and diagonal schedules; equal levels over the whole clip make the
+bidirectional teacher) and level-matched history (per-level caches). Positions get random offsets, and a part of the
+clips jumps between their first chunk and the rest, so that a sink in front of a window is nothing new.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from streamgen.distill.data import ClipSpec, LatentClips, build_clips, tell, vocabulary
+from streamgen.models.masks import block_causal_mask, teacher_forcing_mask
+from streamgen.models.text import TextEncoder, build_tokenizer
+from streamgen.models.transformer import CausalWanTransformer3DModel
+
+
+@dataclass
+class FlowTask:
+    """Shape of the network, of the clips, and of the mix of noise patterns."""
+
+    codec: str = "assets"  # a folder, or the package's own
+    init: str | None = None  # folder with `transformer` and `text_encoder` to start from
+    clips: int = 4800
+    clip_chunks: int = 9
+    chunks: int = 7
+    chunk_frames: int = 3
+    batch: int = 8  # clips; patterns without a second copy of the clip take twice as many
+    dim: int = 256
+    heads: int = 4
+    layers: int = 8
+    ffn: int = 1024
+    text_dim: int = 128
+    text_len: int = 32
+    latent_channels: int = 24
+    shift: float = 3.0
+    prompt_dropout: float = 0.1
+    unknown_words: float = 0.02
+    patterns: dict[str, float] = field(default_factory=lambda: {"clean": 0.6, "window": 0.25, "matched": 0.15})
+    context_noise: float = 150.0  # history of half the clips is noised up to this timestep, and said to be
+    gap: float = 0.25  # share of clips that jump between sink and window
+    max_offset: int = 64
+
+
+@dataclass
+class Batch:
+    """One forward and its target: sequence frames F' may hold a clean and a noisy copy of each clip."""
+
+    sequence: Tensor  # [B, C, F', h, w]
+    timestep: Tensor  # [B, F']
+    positions: Tensor  # [B, F']
+    mask: Tensor  # [F', F'] or [B, F', F']
+    prompt_index: Tensor  # [B, F']
+    target: Tensor  # [B, C, F', h, w]
+    weight: Tensor  # [B, F'], 0 where nothing is learnt
+
+
+def warp(u: Tensor, shift: float) -> Tensor:
+    return shift * u / (1 + (shift - 1) * u)
+
+
+class FlowTrainer:
+    """Velocity matching; see the module's docstring for the patterns."""
+
+    def __init__(self, config: FlowTask, device: torch.device, autocast: bool, seed: int = 0, compiled: bool = False):
+        self.config, self.device, self.autocast = config, device, autocast
+        self.codec = config.codec if config.codec != "assets" else str(embedded_folder() / "vae")
+        self.tokenizer = build_tokenizer(vocabulary(), config.text_len)
+        self.module = nn.ModuleDict(
+            {
+                "transformer": CausalWanTransformer3DModel(
+                    patch_size=(1, 2, 2),
+                    num_attention_heads=config.heads,
+                    attention_head_dim=config.dim // config.heads,
+                    in_channels=config.latent_channels,
+                    out_channels=config.latent_channels,
+                    text_dim=config.text_dim,
+                    freq_dim=256,
+                    ffn_dim=config.ffn,
+                    num_layers=config.layers,
+                    text_len=config.text_len,
+                ),
+                "text_encoder": TextEncoder(len(self.tokenizer), config.text_dim, max_length=config.text_len),
+            }
+        ).to(device)
+        self.module["transformer"].reset_parameters()
+        if config.init:
+            self._start_from(Path(config.init))
+        self.transformer: Callable = self.module["transformer"]
+        if compiled:
+            self.transformer = torch.compile(self.module["transformer"], dynamic=False)
+        self._clips: LatentClips | None = None
+        self.seed = seed
+
+    def _start_from(self, folder: Path) -> None:
+        self.module["transformer"].load_state_dict(
+            CausalWanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
+        )
+        self.module["text_encoder"].load_state_dict(
+            TextEncoder.from_pretrained(folder / "text_encoder").state_dict()
+        )
+
+    @property
+    def clips(self) -> LatentClips:
+        if self._clips is None:
+            spec = ClipSpec(self.codec, self.config.clips, self.config.clip_chunks, self.config.chunk_frames, self.seed)
+            path = Path("runs/sprites/clips") / f"{spec.clips}x{spec.chunks}-seed{spec.seed}.safetensors"
+            if not path.exists():
+                build_clips(spec, path)
+            self._clips = LatentClips(path, self.config.chunk_frames)
+        return self._clips
+
+    # ------------------------------------------------------------------------------------------- text
+    def embed(self, prompts: list[str], rng: np.random.Generator | None = None) -> Tensor:
+        """[N] prompts -> [N, text_len, text_dim]; with `rng`, some words are hidden."""
+        tokens = self.tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.config.text_len,
+            return_tensors="pt",
+            return_token_type_ids=False,
+        )
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        if rng is not None:
+            hide = torch.from_numpy(rng.random(ids.shape) < self.config.unknown_words)
+            ids = torch.where(hide & (ids > 2), torch.full_like(ids, self.tokenizer.unk_token_id), ids)
+        return self.module["text_encoder"](ids.to(self.device), mask.to(self.device))
+
+    # ------------------------------------------------------------------------------------------- batches
+    def _clip(self, rng: np.random.Generator) -> tuple[Tensor, np.ndarray, list[str], np.ndarray]:
+        """Latents [C, F, h, w], prompt index per frame, prompts, and which frames teach (a jump does not)."""
+        config, n = self.config, self.config.chunk_frames
+        index = int(rng.integers(len(self.clips)))
+        spare = config.clip_chunks - config.chunks
+        gap = int(rng.integers(1, spare + 1)) if spare and rng.random() < config.gap else 0
+        first = int(rng.integers(0, spare - gap + 1)) if rng.random() < 0.4 else 0
+        chunks = np.arange(config.chunks) + first
+        chunks[1:] += gap
+        frames = (chunks[:, None] * n + np.arange(n)).ravel()
+        teach = np.ones(len(frames), np.float32)
+        teach[n : 2 * n] = 0.0 if gap else 1.0
+        starts = [start for start, _ in self.clips.scenes[index]]
+        which = np.repeat(np.searchsorted(starts, chunks, side="right") - 1, n)
+        prompts = tell([scene for _, scene in self.clips.scenes[index]], rng)
+        if rng.random() < config.prompt_dropout:
+            prompts = [""] * len(prompts)
+        return self.clips.latents[index][:, frames].float(), which, prompts, teach
+
+    def _levels(self, pattern: str, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Noise level per chunk of `count` clips, [B, K] in 0..1 (0 = history)."""
+        chunks = self.config.chunks
+        if pattern == "clean":
+            return rng.random((count, chunks))
+        if pattern == "matched":
+            return np.repeat(rng.random((count, 1)), chunks, 1)
+        levels = np.zeros((count, chunks))
+        for row in levels:
+            if rng.random() < 0.3:  # the bidirectional teacher
+                row[:] = rng.random()
+                continue
+            size = int(rng.integers(2, min(5, chunks) + 1))
+            first = int(rng.integers(0, chunks - size + 1))
+            # equal steps apart, as a staggered ladder leaves them, at a random phase of the tick
+            row[first : first + size] = (np.arange(size) + rng.random()) / size
+            row[first + size :] = np.nan  # not entered yet
+        return levels
+
+    def _mask(self, pattern: str, levels: np.ndarray) -> Tensor:
+        n, chunks = self.config.chunk_frames, self.config.chunks
+        if pattern == "clean":
+            return teacher_forcing_mask(n * chunks, n)
+        causal = block_causal_mask(n * chunks, n)
+        if pattern == "matched":
+            return causal
+        flight = torch.from_numpy(np.repeat(levels > 0, n, 1))  # nan compares false
+        return causal | (flight[:, :, None] & flight[:, None, :])
+
+    def batch(self, rng: np.random.Generator) -> tuple[Batch, list[list[str]]]:
+        config, n = self.config, self.config.chunk_frames
+        names = list(config.patterns)
+        share = np.array([config.patterns[name] for name in names])
+        pattern = names[rng.choice(len(names), p=share / share.sum())]
+        count = config.batch * (1 if pattern == "clean" else 2)
+        drawn = [self._clip(rng) for _ in range(count)]
+        clean = torch.stack([d[0] for d in drawn])
+        which = torch.from_numpy(np.stack([d[1] for d in drawn])).long()
+        teach = torch.from_numpy(np.stack([d[3] for d in drawn]))
+        levels = self._levels(pattern, rng, count)
+        teach = teach * torch.from_numpy(np.repeat(np.nan_to_num(levels) > 0, n, 1)).float()
+        level = warp(torch.from_numpy(np.repeat(np.nan_to_num(levels), n, 1)).float(), config.shift)
+        noise = torch.randn(clean.shape)
+        noisy = torch.lerp(clean, noise, level[:, None, :, None, None])
+        target = noise - clean
+        offset = torch.from_numpy(rng.integers(0, config.max_offset + 1, (count, 1)))
+        positions = torch.arange(clean.shape[2])[None] + offset
+        if pattern == "clean":
+            context = torch.from_numpy(rng.random((count, 1)) * (rng.random((count, 1)) < 0.5)).float()
+            context = (context * config.context_noise / 1000).expand(-1, clean.shape[2])
+            history = torch.lerp(clean, torch.randn(clean.shape), context[:, None, :, None, None])
+            noisy, level = torch.cat([history, noisy], 2), torch.cat([context, level], 1)
+            target = torch.cat([torch.zeros_like(target), target], 2)
+            teach = torch.cat([torch.zeros_like(teach), teach], 1)
+            positions, which = torch.cat([positions] * 2, 1), torch.cat([which] * 2, 1)
+        mask = self._mask(pattern, levels)
+        fields = (noisy, level * 1000, positions, mask, which, target, teach)
+        return Batch(*(f.to(self.device) for f in fields)), [d[2] for d in drawn]
+
+    def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        batch, prompts = self.batch(rng)
+        most = max(2, max(map(len, prompts)))  # two texts always: one shape for the compiler
+        flat = [text for texts in prompts for text in texts + [texts[-1]] * (most - len(texts))]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            text = self.embed(flat, rng).unflatten(0, (-1, most))  # [B, P, L, D]
+            velocity = self.transformer(
+                batch.sequence,
+                batch.timestep,
+                text,
+                return_dict=False,
+                prompt_index=batch.prompt_index,
+                frame_positions=batch.positions,
+                frame_mask=batch.mask,
+            )[0]
+        error = (velocity.float() - batch.target).square().mean((1, 3, 4))  # [B, F']
+        return (error * batch.weight).sum() / batch.weight.sum().clamp(min=1), {}
+
+    # ------------------------------------------------------------------------------------------- results
+    def sample(self, module: nn.ModuleDict, path: Path) -> dict[str, float]:
+        return {}
+
+    def export(self, module: nn.ModuleDict, folder: Path, manifest: dict) -> None:
+        """`transformer`, `text_encoder` and `tokenizer` folders, as a pipeline lays them out."""
+        for name in ("transformer", "text_encoder"):
+            module[name].save_pretrained(folder / name)
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def embedded_folder() -> Path:
+    """Where the package's own weights lie."""
+    from importlib import resources
+
+    return Path(str(resources.files("streamgen"))) / "assets" / "sprites"

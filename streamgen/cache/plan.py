@@ -1,0 +1,71 @@
+"""What one call reads and writes, as host integers: computed once per chunk and kind of call, shared by all layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLIGHT = "flight"  # the pseudo-region of a call's own frames
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Keys that a group reads together.
+
+    Args:
+        region: where they lie; "flight" = frames of this very call.
+        pages: pages of the cache, or for "flight" indices into the call's frames.
+        frames: the stream frame each page holds (for traces and tests).
+        positions: temporal position of each at reading.
+        phase: radians added to their temporal angles.
+        log_bias: added to their attention logits (ln n for a key that stands for n).
+    """
+
+    region: str
+    pages: tuple[int, ...]
+    frames: tuple[int, ...]
+    positions: tuple[float, ...]
+    phase: float = 0.0
+    log_bias: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Queries that see the same keys: indices into the call's frames, their positions, and what they read."""
+
+    query_frames: tuple[int, ...]
+    query_positions: tuple[float, ...]
+    segments: tuple[Segment, ...]
+
+    @property
+    def key_frames(self) -> tuple[int, ...]:
+        """Stream frames read, in reading order."""
+        return tuple(frame for segment in self.segments for frame in segment.frames)
+
+    @property
+    def key_positions(self) -> tuple[float, ...]:
+        return tuple(position for segment in self.segments for position in segment.positions)
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Publish the keys and values of the call's frame `index`, stream frame `frame`, in `page`."""
+
+    index: int
+    frame: int
+    page: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All groups of a row, and what becomes visible to others when the call is committed."""
+
+    groups: tuple[Group, ...]
+    writes: tuple[Write, ...] = ()
+
+    def signature(self) -> tuple:
+        """Shapes alone: two plans with one signature can share a captured graph."""
+        groups = tuple(
+            (len(g.query_frames), tuple((s.region, len(s.pages), bool(s.log_bias)) for s in g.segments))
+            for g in self.groups
+        )
+        return groups, len(self.writes)

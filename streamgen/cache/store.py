@@ -1,0 +1,272 @@
+"""The bytes of a cache, and self-attention that follows a plan.
+
+Pages hold raw keys (before rotation), values, and a rotated copy of the keys that is refreshed only where a plan wants
+another position: once per chunk for packed positions, once per frame for absolute ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamgen.cache.plan import FLIGHT, Group, Plan, Segment
+from streamgen.kernels.attention import attend
+from streamgen.kernels.rope import rotate
+from streamgen.models.rope import RotaryEmbedding
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Shapes of one stream's keys: patch grid height × width per frame, heads × head_dim per token."""
+
+    layers: int
+    batch: int
+    height: int
+    width: int
+    heads: int
+    head_dim: int
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.height * self.width
+
+
+class KVStore:
+    """Preallocated pages for inference: [pages + flight] frames per layer, the last ones tentative.
+
+    A call's own keys and values go to the tentative pages, so attention reads one contiguous block once the window is
+    full. `publish` copies what a plan writes; until then nothing that others read has changed.
+    """
+
+    def __init__(self, geometry: Geometry, pages: int, flight: int, dtype: torch.dtype, device: torch.device) -> None:
+        g = geometry
+        self.geometry, self.pages, self.flight = g, pages, flight
+        shape = (g.layers, g.batch, pages + flight, g.tokens_per_frame, g.heads, g.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.rotated = torch.zeros_like(self.keys)
+        self.angles: list[tuple[float, float] | None] = [None] * pages  # (position, phase) each page is rotated to
+        self._forget_views()
+
+    def _forget_views(self) -> None:
+        """Per-layer views, made once: slicing costs microseconds, and there are layers × calls of it."""
+        self.layer_rotated, self.layer_values = self.rotated.unbind(0), self.values.unbind(0)
+        self.layer_keys = self.keys.unbind(0)
+
+    @property
+    def nbytes(self) -> int:
+        return 3 * self.keys.numel() * self.keys.element_size()
+
+    def rotate_pages(self, rope: RotaryEmbedding, wanted: dict[int, tuple[float, float]]) -> None:
+        """Bring the rotated copy of these pages to (position, phase)."""
+        stale = [page for page, angle in wanted.items() if self.angles[page] != angle]
+        if not stale:
+            return
+        g = self.geometry
+        cos, sin = rope.angles(
+            [wanted[p][0] for p in stale], g.height, g.width, [wanted[p][1] for p in stale], self.keys.device
+        )
+        index = torch.tensor(stale, device=self.keys.device)
+        raw = self.keys.index_select(2, index)  # [layers, B, n, T, H, D]
+        turned = rotate(raw.flatten(0, 1).flatten(1, 2), cos, sin).view(raw.shape)
+        self.rotated.index_copy_(2, index, turned)
+        for page in stale:
+            self.angles[page] = wanted[page]
+
+    def publish(self, plan: Plan) -> None:
+        """Make a finished call's frames visible: tentative pages -> their own."""
+        if not plan.writes:
+            return
+        source = torch.tensor([self.pages + w.index for w in plan.writes], device=self.keys.device)
+        target = torch.tensor([w.page for w in plan.writes], device=self.keys.device)
+        for tensor in (self.keys, self.values):
+            tensor.index_copy_(2, target, tensor.index_select(2, source))
+        for write in plan.writes:
+            self.angles[write.page] = None
+
+    def bind(self, plan: Plan, rope: RotaryEmbedding) -> CacheContext:
+        return CacheContext(self, plan, rope)
+
+    def fork(self) -> KVStore:
+        """An independent copy."""
+        other = object.__new__(KVStore)
+        other.geometry, other.pages, other.flight = self.geometry, self.pages, self.flight
+        other.keys, other.values, other.rotated = self.keys.clone(), self.values.clone(), self.rotated.clone()
+        other.angles = list(self.angles)
+        other._forget_views()
+        return other
+
+    def state_dict(self) -> dict:
+        """Keys and values of the persistent pages; the rotated copy follows from them."""
+        return {"keys": self.keys[:, :, : self.pages].clone(), "values": self.values[:, :, : self.pages].clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.keys[:, :, : self.pages] = state["keys"]
+        self.values[:, :, : self.pages] = state["values"]
+        self.angles = [None] * self.pages
+
+
+class CacheContext:
+    """Self-attention of every call that shares one plan over a `KVStore` (an `AttentionContext`)."""
+
+    def __init__(self, store: KVStore, plan: Plan, rope: RotaryEmbedding) -> None:
+        self.store, self.plan = store, plan
+        self.keep = bool(plan.writes)  # raw keys are needed only if they may be published
+        wanted: dict[int, tuple[float, float]] = {}
+        for segment in _cached_segments(plan):
+            for page, position in zip(segment.pages, segment.positions, strict=True):
+                if wanted.setdefault(page, (position, segment.phase)) != (position, segment.phase):
+                    raise ValueError(f"page {page} is read at two positions in one call: plan two calls instead")
+        store.rotate_pages(rope, wanted)
+        self.groups = [_BoundGroup(store, group, rope) for group in plan.groups]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.stage(layer, key, value)
+        outputs = [group.attend(layer, query, key) for group in self.groups]
+        if len(outputs) == 1:
+            return outputs[0]
+        order = [frame for group in self.plan.groups for frame in group.query_frames]
+        frames = torch.cat([o.unflatten(1, (-1, self.store.geometry.tokens_per_frame)) for o in outputs], 1)
+        back = torch.tensor(order, device=query.device).argsort()
+        return frames.index_select(1, back).flatten(1, 2)
+
+    def stage(self, layer: int, key: Tensor, value: Tensor) -> None:
+        store = self.store
+        count = key.shape[1] // store.geometry.tokens_per_frame
+        pages = slice(store.pages, store.pages + count)
+        store.layer_values[layer][:, pages] = value.unflatten(1, (count, -1))
+        if self.keep:
+            store.layer_keys[layer][:, pages] = key.unflatten(1, (count, -1))
+
+
+def _cached_segments(plan: Plan) -> list[Segment]:
+    return [segment for group in plan.groups for segment in group.segments if segment.region != FLIGHT]
+
+
+class _BoundGroup:
+    """One group of a plan: its angles, and which pages of the block it reads."""
+
+    def __init__(self, store: KVStore, group: Group, rope: RotaryEmbedding) -> None:
+        g, device = store.geometry, store.keys.device
+        self.store, self.group = store, group
+        self.cos, self.sin = rope.angles(list(group.query_positions), g.height, g.width, device=device)
+        flight = [s for s in group.segments if s.region == FLIGHT]
+        self.own = [i for s in flight for i in s.pages]
+        own_positions = [p for s in flight for p in s.positions]
+        self.same = self.own == list(group.query_frames) and own_positions == list(group.query_positions)
+        if not self.same:
+            phases = [s.phase for s in flight for _ in s.pages]
+            self.key_cos, self.key_sin = rope.angles(own_positions, g.height, g.width, phases, device)
+        pages = [p for s in group.segments if s.region != FLIGHT for p in s.pages]
+        pages += [store.pages + i for i in self.own]
+        ordered = sorted(pages)
+        self.block = None  # the pages as one slice where they lie side by side: attention does not mind the order
+        if ordered == list(range(ordered[0], ordered[-1] + 1)):
+            self.block = slice(ordered[0], ordered[-1] + 1)
+        else:
+            self.index = torch.tensor(ordered, device=device)
+        self.bias = _token_bias(group, store, ordered, device)
+        self.whole = list(group.query_frames) == list(range(len(group.query_frames)))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor) -> Tensor:
+        """Queries and keys of the whole call, raw; values are staged already."""
+        store, tokens = self.store, self.store.geometry.tokens_per_frame
+        if not (self.whole and query.shape[1] == len(self.group.query_frames) * tokens):
+            query = _frames(query, self.group.query_frames, tokens)
+        own = key if self.own == list(range(key.shape[1] // tokens)) else _frames(key, self.own, tokens)
+        query = rotate(query, self.cos, self.sin)
+        own = rotate(own, *((self.cos, self.sin) if self.same else (self.key_cos, self.key_sin)))
+        rotated = store.layer_rotated[layer]
+        for i, frame in enumerate(self.own) if not _contiguous(self.own) else ():
+            rotated[:, store.pages + frame] = own.unflatten(1, (-1, tokens))[:, i]
+        if _contiguous(self.own):
+            first = store.pages + self.own[0]
+            rotated[:, first : first + len(self.own)] = own.unflatten(1, (-1, tokens))
+        return attend(query, self._read(rotated), self._read(store.layer_values[layer]), mask=self.bias)
+
+    def _read(self, layer: Tensor) -> Tensor:
+        """[B, pages, T, H, D] -> [B, L, H, D]."""
+        pages = layer[:, self.block] if self.block else layer.index_select(1, self.index)
+        return pages.flatten(1, 2)
+
+
+def _contiguous(items: Sequence[int]) -> bool:
+    return bool(items) and list(items) == list(range(items[0], items[0] + len(items)))
+
+
+def _frames(x: Tensor, frames: Sequence[int], tokens: int) -> Tensor:
+    index = torch.tensor(list(frames), device=x.device)
+    return x.unflatten(1, (-1, tokens)).index_select(1, index).flatten(1, 2)
+
+
+def _token_bias(group: Group, store: KVStore, ordered: list[int], device) -> Tensor | None:
+    """[L] additive logits, or None when no segment asks for one."""
+    if not any(s.log_bias for s in group.segments):
+        return None
+    bias = {}
+    for segment in group.segments:
+        offset = store.pages if segment.region == FLIGHT else 0
+        bias.update({offset + page: segment.log_bias for page in segment.pages})
+    per_page = torch.tensor([bias[page] for page in ordered], dtype=store.keys.dtype, device=device)
+    return per_page.repeat_interleave(store.geometry.tokens_per_frame)
+
+
+class GraphStore:
+    """Pages for training: published tensors are kept, never overwritten, so gradients flow through the cache.
+
+    A context remembers the very tensors it was bound to, so a recompute under activation checkpointing reads what the
+    first pass read; a tensor changed in place meanwhile is refused.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+        self.layers: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(geometry.layers)]
+
+    def publish(self, plan: Plan, context: GraphContext) -> None:
+        for layer, (key, value) in context.staged.items():
+            tokens = self.geometry.tokens_per_frame
+            keys, values = (t.unflatten(1, (-1, tokens)) for t in (key, value))
+            for write in plan.writes:
+                self.layers[layer][write.page] = (keys[:, write.index], values[:, write.index])
+
+    def bind(self, plan: Plan, rope: RotaryEmbedding) -> GraphContext:
+        return GraphContext(self, plan, rope)
+
+
+class GraphContext:
+    """Self-attention of one forward over a `GraphStore`, differentiable."""
+
+    def __init__(self, store: GraphStore, plan: Plan, rope: RotaryEmbedding) -> None:
+        g = store.geometry
+        self.plan, self.tokens = plan, g.tokens_per_frame
+        if len(plan.groups) != 1:
+            raise ValueError("training reads one group per call")
+        (group,) = plan.groups
+        self.queries = rope.angles(list(group.query_positions), g.height, g.width)
+        self.keys = rope.angles(list(group.key_positions), g.height, g.width)
+        self.past = [
+            [layer[page] for s in _cached_segments(plan) for page in s.pages] for layer in store.layers
+        ]
+        self.versions = [[(k._version, v._version) for k, v in layer] for layer in self.past]
+        self.staged: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.versions[layer] != [(k._version, v._version) for k, v in self.past[layer]]:
+            raise RuntimeError(
+                "the cache changed in place between a forward and its recompute: gradients would be those of another "
+                "history; run backward before changing cached tensors"
+            )
+        self.stage(layer, key, value)
+        device = query.device
+        keys = torch.cat([*(k for k, _ in self.past[layer]), key], 1)
+        values = torch.cat([*(v for _, v in self.past[layer]), value], 1)
+        query = rotate(query, *(t.to(device) for t in self.queries))
+        keys = rotate(keys, *(t.to(device) for t in self.keys))
+        return attend(query, keys, values)
+
+    def stage(self, layer: int, key: Tensor, value: Tensor) -> None:
+        if self.plan.writes:
+            self.staged.setdefault(layer, (key, value))  # the first pass counts, not its recompute
