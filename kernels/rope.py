@@ -9,7 +9,7 @@ __all__ = ["rotate"]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn every pair of `x` by its angle; computed in float32.
+    """Turn every pair of `x` by its angle; computed in float32 (float64 for float64).
 
     Args:
         x: [B, L, H, D], pairs interleaved.
@@ -22,11 +22,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
         return _rotate_real(x, cos, sin)
     # One complex product instead of six strided real operations: 4x faster in eager mode at [48, 8, 32] on a CPU.
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(_wide(x).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _rotate_real(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same without complex numbers, which inductor cannot fuse."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = _wide(x).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)

@@ -19,7 +19,22 @@ _here = Path(__file__).resolve().parent
 if not (_here / "pipelines").is_dir():
     __path__.append(str(_here.parent))
 
-_EXPORTS: dict[str, str] = {}
+_EXPORTS = {
+    "CausalWanTransformer3DModel": "streamgen.models.transformer",
+    "Engine": "streamgen.engine",
+    "InputError": "streamgen.errors",
+    "SeededNoise": "streamgen.noise",
+    "StreamConfig": "streamgen.config",
+    "StreamSession": "streamgen.session",
+    "StreamingVideoPipeline": "streamgen.pipelines.streaming",
+    "TensorNoise": "streamgen.noise",
+    "load": "streamgen.hub",
+    "load_preset": "streamgen.config",
+    "load_transformer": "streamgen.models.loading",
+    "register_policy": "streamgen.cache.policies",
+    "register_schedule": "streamgen.schedules",
+    "save_transformer": "streamgen.models.loading",
+}
 
 
 def __getattr__(name: str):

@@ -9,9 +9,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -194,6 +196,14 @@ class Engine:
                 rollout.switch(pending.pop(0)[1], self.config.switch.mode)
             yield rollout.advance()
 
+    def fingerprint(self) -> str:
+        """Tells whether a saved stream belongs to these weights: shapes, and a few numbers of every tensor."""
+        digest = hashlib.sha256()
+        for name, weight in self.transformer.named_parameters():
+            sample = weight.detach().flatten()[:: max(1, weight.numel() // 8)][:8]
+            digest.update(f"{name}{tuple(weight.shape)}{sample.float().tolist()}".encode())
+        return digest.hexdigest()[:16]
+
     def trace(self) -> list[CallRecord]:
         """Every call since `tracing` was set, with its plan; setting it empties the list."""
         return list(self.records)
@@ -245,9 +255,10 @@ class Rollout:
         self.negative = negative_embeds
         self.text = engine.text(prompt_embeds, negative_embeds, self.batch, epoch=0)
         self.flight: dict[int, Flight] = {}
-        self.pending: list[tuple[int, Call, Flight, range]] = []  # commits owed: tick, call, chunk, frames
+        self.pending: list[tuple[int, Call, Flight]] = []  # commits owed: tick, call, chunk
         self.past: list[tuple[range, Tensor]] = []  # recent finished latents, for re-encoding under a new prompt
         self.next_chunk = 0
+        self.guidance_scale = engine.config.guidance.scale  # may change at a chunk boundary
         self.timings = Timings()
         self.store = self._new_store()
         self._ticks: Iterator[Tick] | None = None
@@ -266,6 +277,15 @@ class Rollout:
     @property
     def epoch(self) -> int:
         return self.text.epoch
+
+    def relabel(self, epoch: int) -> None:
+        """Chunks from here on carry another epoch; nothing else changes."""
+        self.text = replace(self.text, epoch=epoch)
+
+    @property
+    def can_recache(self) -> bool:
+        """Whether finished latents are kept for re-encoding."""
+        return bool(self._recache_frames())
 
     def _new_store(self) -> KVStore | GraphStore:
         model, (height, width) = self.engine.transformer, self.latent_size
@@ -345,10 +365,16 @@ class Rollout:
             self._clean(tick, call, row, flight.x, [flight.frames], flight.text)
         self.pending = []
 
-    def switch(self, prompt_embeds: Tensor, mode: str) -> None:
-        """A new prompt from the next chunk on; what is owed is committed under the old one first."""
+    def switch(self, prompt_embeds: Tensor, mode: str, epoch: int | None = None) -> None:
+        """A new prompt from the next chunk on; what is owed is committed under the old one first.
+
+        Args:
+            mode: keep (text alone) | recache (recent frames are encoded again under the new text) | cut (recent
+                frames are dropped; the sink and the frame count stay). A reset is a new `Rollout`.
+        """
         self.commit()
-        self.text = self.engine.text(prompt_embeds, self.negative, self.batch, self.text.epoch + 1)
+        epoch = self.text.epoch + 1 if epoch is None else epoch
+        self.text = self.engine.text(prompt_embeds, self.negative, self.batch, epoch)
         frames = self.policy.switch(mode)
         if frames is None:
             return
@@ -358,6 +384,49 @@ class Rollout:
         chunks = tuple(range(frames.start // per_chunk, -(-frames.stop // per_chunk)))
         call = clean_call(chunks, self.engine.steps, source="past")
         self._clean(-1, call, call.rows[0], x, [frames], self.text)
+
+    def state_dict(self) -> dict:
+        """Everything a later `load_state_dict` needs to go on bit by bit: tensors and plain Python."""
+        return {
+            "next_chunk": self.next_chunk,
+            "guidance_scale": self.guidance_scale,
+            "policy": self.policy.state_dict(),
+            "store": self.store.state_dict(),
+            "text": self.text.embeds,
+            "epoch": self.text.epoch,
+            "past": [(frames.start, frames.stop, x) for frames, x in self.past],
+            "pending": [
+                (tick, flight.x, flight.frames.start, flight.frames.stop) for tick, _, flight in self.pending
+            ],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state` was taken; the engine, the noise and the sizes must be the same."""
+        device = self.engine.device
+        self.next_chunk, self.guidance_scale = state["next_chunk"], state["guidance_scale"]
+        self.policy.load_state_dict(state["policy"])
+        self.store.load_state_dict(state["store"])
+        embeds = state["text"].to(device)
+        self.text = Text(embeds, self.engine.transformer.text_keys(embeds), state["epoch"])
+        self.past = [(range(start, stop), x.to(device)) for start, stop, x in state["past"]]
+        self.pending = []
+        for tick, x, start, stop in state["pending"]:
+            chunk = start // self.engine.config.chunk.latent_frames
+            flight = Flight(x.to(device), range(start, stop), self.text, self.engine.steps(chunk))
+            self.pending.append((tick, clean_call((chunk,), self.engine.steps), flight))
+        self._ticks = None
+        self._bound.cache_clear()
+
+    def fork(self) -> Rollout:
+        """An independent stream with the same past; what either does is unknown to the other."""
+        other = copy(self)
+        other.store = self.store.fork()
+        other.policy = build_policy(self.engine.config, self.engine.flight_frames, self.num_latent_frames)
+        other.policy.load_state_dict(self.policy.state_dict())
+        other.flight, other.pending, other.past = dict(self.flight), list(self.pending), list(self.past)
+        other._ticks = None
+        other._bound = lru_cache(maxsize=4)(other._bind)
+        return other
 
     # ------------------------------------------------------------------------------------------- calls
     def _bind(self, call: Call, row: Row, frames: tuple[range, ...], state: int):
@@ -379,7 +448,7 @@ class Rollout:
         if self.engine.branches == 1:
             return velocity
         positive, negative = velocity.chunk(2)
-        return negative + self.engine.config.guidance.scale * (positive - negative)
+        return negative + self.guidance_scale * (positive - negative)
 
     def _denoise(self, tick: int, call: Call) -> None:
         begin = time.perf_counter()

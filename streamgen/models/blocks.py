@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from streamgen.kernels.attention import attend
 from streamgen.models.context import AttentionContext
 
-__all__ = ["Attention", "CausalWanTransformerBlock", "ConditionEmbedder", "PatchEmbedding", "TextKeys", "modulate"]
+__all__ = ["Attention", "CausalWanTransformerBlock", "ConditionEmbedder", "PatchEmbedding", "TextKeys", "modulate", "widen"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,11 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least float32: float64 models stay what they are."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, strict: bool = False) -> Tensor:
@@ -152,7 +157,7 @@ def gelu(x: Tensor) -> Tensor:
     """Tanh-GELU. Without gradients on a CPU by way of the sigmoid, 2x faster there: 1 + tanh(u) = 2·sigmoid(2u)."""
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    wide = x.float()  # bf16 intermediates would lose what the kernel keeps
+    wide = widen(x)  # bf16 intermediates would lose what the kernel keeps
     slope = 2 * math.sqrt(2 / math.pi)
     return (wide * wide).mul_(slope * 0.044715).add_(slope).mul_(wide).sigmoid_().mul_(wide).to(x.dtype)
 
@@ -271,8 +276,8 @@ class ConditionEmbedder(nn.Module):
             levels = self.time_proj(F.silu(embedded).to(self.time_proj.weight.dtype)).to(dtype)
             return embedded.unsqueeze(2), levels.unflatten(-1, (6, -1))
         with torch.autocast(timestep.device.type, enabled=False):  # a few rows: full precision costs nothing
-            embedded = self.time_embedder(waves.to(first)).float()
-            levels = self.time_proj(F.silu(embedded).to(self.time_proj.weight.dtype)).float()
+            embedded = widen(self.time_embedder(waves.to(first)))
+            levels = widen(self.time_proj(F.silu(embedded).to(self.time_proj.weight.dtype)))
         levels = levels.unflatten(-1, (6, -1))
         levels[:, :, 1::3] += 1  # a slice, not a constant tensor: no copy from the host, so CUDA graphs can capture it
         return embedded.unsqueeze(2), levels

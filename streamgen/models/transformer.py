@@ -22,7 +22,14 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
 from streamgen.kernels.attention import require
-from streamgen.models.blocks import CausalWanTransformerBlock, ConditionEmbedder, PatchEmbedding, TextKeys, modulate
+from streamgen.models.blocks import (
+    CausalWanTransformerBlock,
+    ConditionEmbedder,
+    PatchEmbedding,
+    TextKeys,
+    modulate,
+    widen,
+)
 from streamgen.models.context import AttentionContext, DenseContext, token_mask
 from streamgen.models.rope import RotaryEmbedding
 
@@ -202,7 +209,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
         grid = self._grid(hidden_states)
         x = self.patch_embedding(hidden_states.to(self.patch_embedding.weight.dtype))
         x = x.permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, F, T, D]
-        x = x if self.strict else x.float()
+        x = x if self.strict else widen(x)
         head_time, time = self.condition_embedder.time(_per_frame(timestep, x), dtype)
         text, prompts = self._text(prompt_embeds, text_keys, prompt_index, x, dtype)
         if context is None:

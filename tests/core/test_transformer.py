@@ -307,6 +307,13 @@ def test_strict_in_fp32_equals_mixed():
     torch.testing.assert_close(make(precision="strict")(latents, timestep, text).sample, expected, **FP32)
 
 
+def test_float64_is_kept_and_close_to_fp32():
+    latents, timestep, text = inputs()
+    exact = make().double()(latents.double(), timestep, text.double()).sample
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(make()(latents, timestep, text).sample, exact.float(), **FP32)
+
+
 def test_timesteps_are_not_rounded_to_the_weights_dtype():
     model, (latents, _, text) = make().to(torch.bfloat16), inputs()
     seen = []

@@ -1,0 +1,264 @@
+"""StreamingVideoPipeline: a diffusers pipeline whose `__call__` drains a session.
+
+    pipe = streamgen.load("sprites")
+    frames = pipe("a red circle bouncing on a navy background", num_frames=81).frames
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.utils import BaseOutput
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from streamgen.config import StreamConfig, load_preset
+from streamgen.engine import Engine
+from streamgen.errors import InputError
+from streamgen.hub import ModelConfig
+from streamgen.ladder import uniform_timesteps
+from streamgen.noise import SeededNoise, TensorNoise
+from streamgen.session import STATE_VERSION, Spec, StreamSession
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class StreamingVideoPipelineOutput(BaseOutput):
+    """`frames`: [F, H, W, 3] or [B, F, H, W, 3] floats in [0, 1] ("np"), [B, F, C, H, W] ("pt"), PIL lists, or latents."""
+
+    frames: np.ndarray | Tensor | list
+
+
+class GivenLatents:
+    """Initial noise from the caller, everything after it from a seed."""
+
+    def __init__(self, latents: Tensor, seeded: SeededNoise) -> None:
+        self.given, self.seeded = TensorNoise(latents), seeded
+
+    def frames(self, purpose: str, frames: range, step: int, shape: tuple[int, ...]) -> Tensor:
+        return (self.given if purpose == "initial" else self.seeded).frames(purpose, frames, step, shape)
+
+    def state_dict(self) -> dict:
+        return {**self.seeded.state_dict(), "latents": self.given.initial}
+
+
+def noise_from_state(state: dict):
+    """The inverse of a noise's `state_dict`."""
+    seeded = SeededNoise(state["seed"], state["candidate"])
+    return GivenLatents(state["latents"], seeded) if "latents" in state else seeded
+
+
+class StreamingVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+    """Text to endless video. `stream` gives a session; `__call__` drains one."""
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _lora_loadable_modules = ["transformer"]
+
+    def __init__(self, tokenizer, text_encoder, transformer, vae) -> None:
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae)
+        self.settings = ModelConfig()
+        self.stream_config: StreamConfig = load_preset("default")
+
+    # ------------------------------------------------------------------------------------------- text
+    @property
+    def max_tokens(self) -> int:
+        return self.tokenizer.model_max_length
+
+    def encode_prompt(self, prompt: str | Sequence[str]) -> Tensor:
+        """Prompts -> prompt_embeds [B, L, D]; rows of padding are zero. A prompt over the limit is cut, and said so."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        for text in prompts:
+            count = len(self.tokenizer(text)["input_ids"])
+            if count > self.max_tokens:
+                log.warning("the prompt has %d tokens, the model reads the first %d", count, self.max_tokens)
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        )
+        device = next(self.text_encoder.parameters()).device
+        with torch.no_grad():
+            return self.text_encoder(tokens["input_ids"].to(device), tokens["attention_mask"].to(device))
+
+    # ------------------------------------------------------------------------------------------- sessions
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Latent (h, w) of a picture size; sizes off the grid are snapped, and said so."""
+        ratio, (_, ph, pw) = self.vae.spatial_ratio, self.transformer.config.patch_size
+        out = []
+        for name, value, patch in (
+            ("height", height or self.settings.height, ph),
+            ("width", width or self.settings.width, pw),
+        ):
+            grid = ratio * patch
+            snapped = max(grid, round(value / grid) * grid)
+            if value < 1:
+                raise InputError(f"{name} must be positive, got {value}")
+            if snapped != value:
+                log.warning("%s %d is not a multiple of %d: using %d", name, value, grid, snapped)
+            out.append(snapped // ratio)
+        return out[0], out[1]
+
+    def configured(self, num_inference_steps: int | None, guidance_scale: float | None) -> StreamConfig:
+        """The pipeline's configuration with what a call changes."""
+        config = self.stream_config
+        if num_inference_steps is not None:
+            if num_inference_steps < 1:
+                raise InputError(f"num_inference_steps must be positive, got {num_inference_steps}")
+            ladder = replace(config.ladder, timesteps=uniform_timesteps(num_inference_steps), warp=True)
+            config = replace(config, ladder=ladder)
+        if guidance_scale is not None:
+            config = replace(config, guidance=replace(config.guidance, scale=guidance_scale))
+        return config
+
+    def stream(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        image=None,
+        video=None,
+        conditions=None,
+    ) -> StreamSession:
+        """A session, endless unless `num_frames` is given. Arguments as in `__call__`."""
+        for name, value in (("image", image), ("video", video), ("conditions", conditions)):
+            if value is not None:
+                raise InputError(f"{name}: this model is steered by text alone")
+        prompt = self._check_prompt(prompt, prompt_embeds)
+        if num_frames is not None and num_frames < 1:
+            raise InputError(f"num_frames must be positive, got {num_frames}")
+        spec = Spec(
+            prompt=prompt,
+            negative_prompt=negative_prompt or "",
+            seed=_seed(seed, generator),
+            num_frames=num_frames,
+            latent_size=self.latent_size(height, width),
+            extra={"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds},
+        )
+        noise = None if latents is None else GivenLatents(latents.float().cpu(), SeededNoise(spec.seed))
+        engine = Engine(self.transformer, self.configured(num_inference_steps, guidance_scale), self.vae)
+        return StreamSession(engine, self.vae, self.encode_prompt, spec, noise)
+
+    def _check_prompt(self, prompt, prompt_embeds) -> str | list[str]:
+        if (prompt is None) == (prompt_embeds is None):
+            raise InputError("give either a prompt or prompt_embeds")
+        if prompt is None:
+            return "" if prompt_embeds.shape[0] == 1 else [""] * prompt_embeds.shape[0]
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise InputError("the prompt is empty: say what to show, e.g. 'a red circle bouncing on a navy background'")
+        return prompt
+
+    def resume(self, state: dict) -> StreamSession:
+        """A session that goes on bit by bit where `state_dict` was taken. Raises InputError if it does not fit."""
+        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+            raise InputError(f"not a stream state of version {STATE_VERSION}: save it with stream.state_dict()")
+        base = OmegaConf.structured(StreamConfig)
+        config = OmegaConf.to_object(OmegaConf.merge(base, state["config"]))
+        engine = Engine(self.transformer, config, self.vae)
+        if engine.fingerprint() != state["model"]:
+            raise InputError("this state belongs to other weights: load the model it was saved with")
+        spec = Spec(**{**state["spec"], "latent_size": tuple(state["spec"]["latent_size"])})
+        session = StreamSession(engine, self.vae, self.encode_prompt, spec, noise_from_state(state["noise"]))
+        session.load_state_dict(state)
+        return session
+
+    # ------------------------------------------------------------------------------------------- whole clips
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int = 81,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        *,
+        seed: int | None = None,
+        image=None,
+        video=None,
+        conditions=None,
+    ) -> StreamingVideoPipelineOutput | tuple:
+        """A clip of exactly `num_frames` frames.
+
+        Args:
+            prompt: a string -> frames [F, H, W, 3]; a list -> [B, F, H, W, 3].
+            num_inference_steps, guidance_scale: None = what the preset and the model say.
+            generator: its `initial_seed()` seeds the noise, a list gives one seed per sample; not with `seed`.
+            output_type: np | pt | pil | latent ([B, C, F, h, w], normalised).
+            callback_on_step_end: called as (pipe, chunk index, 0, {"latents": …}) after every chunk; setting
+                `pipe._interrupt = True` stops there.
+            seed: None = 0. Sample i of a batch has the i-th noise stream of the seed.
+        """
+        if output_type not in ("np", "pt", "pil", "latent"):
+            raise InputError(f"output_type {output_type!r} is unknown: use np, pt, pil or latent")
+        if num_videos_per_prompt > 1 and prompt is not None:
+            texts = [prompt] if isinstance(prompt, str) else prompt
+            prompt = [text for text in texts for _ in range(num_videos_per_prompt)]
+        self._interrupt = False
+        session = self.stream(
+            prompt, negative_prompt, height, width, num_frames, seed, generator, num_inference_steps, guidance_scale,
+            latents, prompt_embeds, negative_prompt_embeds, image, video, conditions,
+        )
+        pixels, codes = [], []
+        with session, self.progress_bar(total=num_frames) as bar:
+            for chunk in session:
+                pixels.append(chunk.pixels)
+                codes.append(chunk.latents)
+                bar.update(chunk.pixels.shape[2])
+                if callback_on_step_end:
+                    callback_on_step_end(self, chunk.index, 0, {"latents": chunk.latents})
+                if self._interrupt:
+                    break
+        ratio = self.vae.temporal_ratio
+        frames = torch.cat(codes, 2)[:, :, : 1 + -(-(num_frames - 1) // ratio)] if output_type == "latent" else None
+        frames = _arrange(torch.cat(pixels, 2), output_type, isinstance(prompt, str)) if frames is None else frames
+        self.maybe_free_model_hooks()
+        return StreamingVideoPipelineOutput(frames=frames) if return_dict else (frames,)
+
+
+def _arrange(pixels: Tensor, output_type: str, single: bool) -> np.ndarray | Tensor | list:
+    """[B, 3, F, H, W] -> what `output_type` asks for."""
+    if output_type == "pt":
+        return pixels.transpose(1, 2)
+    frames = pixels.permute(0, 2, 3, 4, 1).cpu().numpy()
+    if output_type == "pil":
+        from PIL import Image
+
+        clips = [[Image.fromarray((f * 255).round().astype(np.uint8)) for f in clip] for clip in frames]
+        return clips[0] if single else clips
+    return frames[0] if single else frames
+
+
+def _seed(seed: int | None, generator) -> int | list[int]:
+    if generator is not None:
+        if seed is not None:
+            raise InputError("give either seed or generator")
+        many = isinstance(generator, (list, tuple))
+        return [g.initial_seed() for g in generator] if many else generator.initial_seed()
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise InputError(f"seed must be an integer, got {seed!r}")
+    return seed or 0

@@ -1,0 +1,84 @@
+"""From a model's name to a pipeline: the embedded one by its name, folders and files by their path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from streamgen.config import StreamConfig, available, config_root, load_preset, merge, suggest
+from streamgen.device import resolve_device, resolve_dtype
+from streamgen.errors import InputError
+
+
+@dataclass
+class ModelConfig:
+    """`configs/models/NAME.yaml`: what a model brings to any preset."""
+
+    preset: str = "default"
+    fps: float = 16
+    height: int = 480
+    width: int = 832
+    stream: dict[str, Any] = field(default_factory=dict)  # laid over the preset
+
+
+def assets_root() -> Path:
+    """Where the package's own weights lie, one folder per model."""
+    return Path(str(resources.files("streamgen"))) / "assets"
+
+
+def embedded_models() -> list[str]:
+    """Names that need no download."""
+    return sorted(p.name for p in assets_root().iterdir() if (p / "model_index.json").is_file())
+
+
+def model_config(name: str) -> ModelConfig:
+    """The settings of a model known by name."""
+    return merge(ModelConfig, config_root() / "models" / f"{name}.yaml")
+
+
+def load(
+    model: str = "sprites",
+    checkpoint: str | None = None,
+    preset: str | None = None,
+    device: str = "auto",
+    dtype=None,
+    overrides: Sequence[str] = (),
+):
+    """A pipeline, ready to stream.
+
+    Args:
+        model: an embedded model's name, or a diffusers folder.
+        checkpoint: a .pt or .safetensors whose transformer replaces the folder's.
+        preset: None = the model's own default.
+        device: auto (cuda > mps > cpu), or a torch device.
+        dtype: None = float32 on the CPU, bfloat16 elsewhere; "bf16", "fp16", "fp32".
+        overrides: dotlist over the configuration, e.g. ["cache.window=9"].
+    Raises: InputError in one line for anything that is not there or does not fit.
+    """
+    from streamgen.pipelines.streaming import StreamingVideoPipeline
+
+    target, number = resolve_device(device), resolve_dtype(dtype)
+    folder = assets_root() / model if model in embedded_models() else Path(model)
+    if not (folder / "model_index.json").is_file():
+        known = embedded_models()
+        raise InputError(
+            f"no model at {model!r}{suggest(model, known)}: give an embedded model ({', '.join(known) or 'none'}) "
+            "or a diffusers folder that holds model_index.json"
+        )
+    settings = model_config(model) if model in available("models") else ModelConfig()
+    config = stream_config(preset or settings.preset, settings, overrides)  # before weights: typos fail at once
+    pipe = StreamingVideoPipeline.from_pretrained(folder)
+    pipe.settings, pipe.stream_config = settings, config
+    if checkpoint is not None:
+        from streamgen.models.loading import load_transformer
+
+        pipe.register_modules(transformer=load_transformer(checkpoint, dict(pipe.transformer.config)))
+    return pipe.to(target, number) if number else pipe.to(target)
+
+
+def stream_config(preset: str, settings: ModelConfig, overrides: Sequence[str] = ()) -> StreamConfig:
+    """defaults < preset < the model's overrides < dotlist."""
+    return load_preset(preset, overrides, settings.stream)

@@ -1,0 +1,373 @@
+"""A stream one can steer: chunks come out, prompts go in, and everything takes effect at a chunk boundary.
+
+Chunks are computed when they are asked for, so nothing computed before a change is delivered after it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from streamgen.config import SWITCH_MODES, check_choice
+from streamgen.engine import Engine, LatentChunk, pad_rows
+from streamgen.errors import InputError
+from streamgen.noise import SeededNoise
+
+STATE_VERSION = 1
+
+
+class Codec(Protocol):
+    """A streaming decoder: its state is explicit, so chunk by chunk equals the whole clip."""
+
+    spatial_ratio: int
+    temporal_ratio: int
+
+    def decode(self, latents: Tensor, state) -> tuple[Tensor, object]:
+        """[B, C, f, h, w] -> pixels [B, 3, F, H, W] in [-1, 1] and the new state; state None = start of a stream."""
+        ...
+
+    def encode(self, frames: Tensor, state) -> tuple[Tensor, object]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """What a session delivers.
+
+    `frames` uint8 [f, H, W, 3] (a batch: [B, f, H, W, 3]); `pixels` the same as floats [B, 3, f, H, W] in [0, 1];
+    `latents` [B, C, f', h, w]; `index` and `epoch` only grow; `timings` seconds per stage.
+    """
+
+    pixels: Tensor
+    latents: Tensor
+    index: int
+    epoch: int
+    prompt: str | tuple[str, ...]
+    timings: dict[str, float]
+
+    @property
+    def frames(self) -> np.ndarray:
+        video = (self.pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+        return video[0] if isinstance(self.prompt, str) else video
+
+
+@dataclass(frozen=True)
+class Change:
+    """A request that was accepted: it takes effect with chunk `chunk`, which will carry epoch `epoch`."""
+
+    chunk: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """Fields of a pending change; None = as it is."""
+
+    epoch: int
+    prompt: str | None = None
+    mode: str = "recache"
+    blend: int = 0
+    guidance_scale: float | None = None
+
+
+@dataclass
+class Blend:
+    """A prompt change spread over chunks: text moves linearly from `old` to `new`."""
+
+    old: Tensor
+    new: Tensor
+    chunks: int
+    mode: str
+    done: int = 0
+
+    def next(self) -> Tensor:
+        self.done += 1
+        old, new = pad_rows([self.old, self.new])
+        return torch.lerp(old, new, self.done / (self.chunks + 1))
+
+
+@dataclass
+class Spec:
+    """What a session is started with; a state keeps it."""
+
+    prompt: str | list[str]
+    negative_prompt: str = ""
+    seed: int | list[int] = 0
+    num_frames: int | None = None
+    latent_size: tuple[int, int] = (8, 8)
+    extra: dict = field(default_factory=dict)  # prompt_embeds, negative_prompt_embeds, latents
+
+
+def latent_frames_for(num_frames: int, ratio: int, chunk: int) -> int:
+    """Latent frames, in whole chunks, that cover `num_frames` pixels frames (the first latent is one frame)."""
+    latents = 1 + -(-(num_frames - 1) // ratio)
+    return -(-latents // chunk) * chunk
+
+
+class StreamSession:
+    """An endless stream (or `num_frames` long) of `Chunk`s; iterate it, or call `next`. Thread-safe.
+
+    Args:
+        encode_text: list of prompts -> [B, L, D].
+        noise: an object of `streamgen.noise`; by default `SeededNoise(spec.seed)`.
+    """
+
+    def __init__(
+        self, engine: Engine, codec: Codec, encode_text: Callable[[list[str]], Tensor], spec: Spec, noise=None
+    ) -> None:
+        self.engine, self.codec, self.spec = engine, codec, spec
+        self._encode_text = encode_text
+        self._noise = noise or SeededNoise(spec.seed)
+        self._compute, self._mail = threading.RLock(), threading.Lock()
+        self._playing = threading.Event()
+        self._playing.set()
+        self._closed = False
+        self._request: Request | None = None
+        self._blend: Blend | None = None
+        self._epochs = 0  # the last one given out
+        self.prompt = spec.prompt
+        self.index, self.delivered = 0, 0  # of the next chunk; pixel frames so far
+        self._decoder = None
+        self._seconds: dict[str, float] = {}
+        self._embeds = self._texts(self.prompt, spec.extra.get("prompt_embeds"))
+        with torch.no_grad():
+            self._rollout = self._start(self._embeds)
+
+    # ------------------------------------------------------------------------------------------- starting
+    def _texts(self, prompt: str | list[str], embeds: Tensor | None = None) -> Tensor:
+        begin = time.perf_counter()
+        with torch.no_grad():
+            out = embeds if embeds is not None else self._encode_text([prompt] if isinstance(prompt, str) else prompt)
+        self._seconds["text"] = time.perf_counter() - begin
+        return out
+
+    def _start(self, embeds: Tensor, frames: int | None = None):
+        """A roll-out from frame 0; `frames` latent frames long if given, else what is left to deliver."""
+        negative = self.spec.extra.get("negative_prompt_embeds")
+        if negative is None and self.engine.branches == 2:
+            negative = self._texts([self.spec.negative_prompt])
+        total = frames
+        if frames is None and self.spec.num_frames is not None:
+            left = self.spec.num_frames - self.delivered
+            total = latent_frames_for(left, self.codec.temporal_ratio, self.engine.config.chunk.latent_frames)
+        return self.engine.start(
+            embeds,
+            self._noise,
+            latent_size=tuple(self.spec.latent_size),
+            num_latent_frames=total,
+            negative_embeds=negative,
+            batch=embeds.shape[0],
+        )
+
+    @property
+    def finished(self) -> bool:
+        done = self.spec.num_frames is not None and self.delivered >= self.spec.num_frames
+        return self._closed or done
+
+    # ------------------------------------------------------------------------------------------- delivering
+    def __iter__(self) -> Iterator[Chunk]:
+        while True:
+            try:
+                yield self.next()
+            except StopIteration:
+                return
+
+    def next(self, timeout: float | None = None) -> Chunk:
+        """The next chunk.
+
+        Raises: StopIteration at the end, TimeoutError if the stream is paused for `timeout` seconds.
+        """
+        if not self._playing.wait(timeout):
+            raise TimeoutError(f"the stream is paused; nothing came for {timeout} s")
+        with self._compute, torch.no_grad():
+            if self.finished:
+                raise StopIteration
+            self._apply()
+            latents = self._rollout.advance()
+            return self._deliver(latents)
+
+    def _deliver(self, chunk: LatentChunk) -> Chunk:
+        begin = time.perf_counter()
+        pixels, self._decoder = self.codec.decode(chunk.latents, self._decoder)
+        pixels = (pixels + 1) / 2
+        if self.spec.num_frames is not None:
+            pixels = pixels[:, :, : self.spec.num_frames - self.delivered]
+        timings = {**self._seconds, **self._rollout.timings.seconds, "decode": time.perf_counter() - begin}
+        self._seconds = {}
+        self.delivered += pixels.shape[2]
+        self.index += 1
+        prompt = self.prompt if isinstance(self.prompt, str) else tuple(self.prompt)
+        return Chunk(pixels, chunk.latents, self.index - 1, chunk.epoch, prompt, timings)
+
+    # ------------------------------------------------------------------------------------------- steering
+    def set_prompt(self, prompt: str, mode: str | None = None, blend: int = 0) -> Change:
+        """A new prompt at the next chunk boundary; see `update`."""
+        return self.update(prompt=prompt, mode=mode, blend=blend)
+
+    def update(
+        self,
+        prompt: str | None = None,
+        mode: str | None = None,
+        blend: int = 0,
+        guidance_scale: float | None = None,
+        strength: float | None = None,
+        options: dict | None = None,
+    ) -> Change:
+        """Change what is not None from the next chunk on; of several pending changes the newest wins.
+
+        Args:
+            mode: keep | recache | reset | cut (design of the cache at a switch); None = the preset's.
+            blend: chunks over which the text moves to the new one.
+        Raises: InputError at once for what this stream cannot do.
+        """
+        mode = mode or self.engine.config.switch.mode
+        check_choice("mode", mode, SWITCH_MODES)
+        if blend < 0:
+            raise InputError(f"blend is a number of chunks, got {blend}")
+        if prompt is not None and not prompt.strip():
+            raise InputError("the prompt is empty: say what to show")
+        if strength is not None:
+            raise InputError("strength belongs to video-to-video streams; this one starts from text")
+        if options:
+            raise InputError(f"unknown options {', '.join(options)}: this stream has none that change while it runs")
+        if guidance_scale is not None and self.engine.branches == 1 and guidance_scale != 1:
+            raise InputError("this stream runs without guidance: start it with guidance_scale above 1 to change it")
+        if mode == "recache" and prompt is not None and not self._rollout.can_recache:
+            raise InputError("this stream keeps no latents to re-encode: start it with switch.mode=recache")
+        with self._mail:
+            self._epochs += 1
+            kept = self._request if prompt is None else None  # a change of something else keeps a pending prompt
+            self._request = Request(
+                epoch=self._epochs,
+                prompt=prompt if kept is None else kept.prompt,
+                mode=mode if kept is None else kept.mode,
+                blend=blend if kept is None else kept.blend,
+                guidance_scale=guidance_scale,
+            )
+            return Change(self.index, self._epochs)
+
+    def _apply(self) -> None:
+        """Take the pending change, or the next step of a blend."""
+        with self._mail:
+            request, self._request = self._request, None
+        if request is None:
+            if self._blend:
+                self._step_blend(self._rollout.epoch)
+            return
+        if request.guidance_scale is not None:
+            self._rollout.guidance_scale = request.guidance_scale
+        if request.prompt is None:
+            if self._blend:
+                self._step_blend(request.epoch)
+            else:
+                self._rollout.relabel(request.epoch)
+            return
+        new = self._texts(request.prompt).expand(self._embeds.shape[0], -1, -1)
+        if request.mode == "reset":
+            scale = self._rollout.guidance_scale
+            self._rollout, self._decoder = self._start(new), None
+            self._rollout.guidance_scale = scale
+            self._rollout.relabel(request.epoch)
+            self._blend = None
+        elif request.blend:
+            self._blend = Blend(self._embeds, new, request.blend, request.mode)
+            self._step_blend(request.epoch)
+        else:
+            self._blend = None
+            self._rollout.switch(new, request.mode, request.epoch)
+        self.prompt = request.prompt if isinstance(self.prompt, str) else [request.prompt] * len(self.prompt)
+        if self._blend is None:
+            self._embeds = new
+
+    def _step_blend(self, epoch: int) -> None:
+        blend = self._blend
+        self._embeds = blend.next()
+        # recent frames are dropped once; re-encoding follows every step of the text
+        mode = blend.mode if blend.done == 1 or blend.mode == "recache" else "keep"
+        self._rollout.switch(self._embeds, mode, epoch)
+        if blend.done > blend.chunks:
+            self._blend = None
+
+    def push(self, name: str, item, time: float) -> None:
+        """Feed a condition stream. Raises InputError: this model has none."""
+        raise InputError(f"no condition stream {name!r}: this model is steered by text alone")
+
+    def pause(self) -> None:
+        """`next` waits until `play`."""
+        self._playing.clear()
+
+    def play(self) -> None:
+        self._playing.set()
+
+    def close(self) -> None:
+        """End the stream and free its cache; waiting calls return."""
+        self._closed = True
+        self._playing.set()
+        with self._compute:
+            self._rollout = self._decoder = None
+
+    def __enter__(self) -> StreamSession:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------- state
+    def fork(self) -> StreamSession:
+        """An independent session with the same past."""
+        with self._compute, self._mail:
+            self._check_open()
+            other = object.__new__(StreamSession)
+            other.__dict__.update(self.__dict__)
+            other._compute, other._mail = threading.RLock(), threading.Lock()
+            other._playing = threading.Event()
+            other._playing.set()
+            other._rollout = self._rollout.fork()
+            other._blend = Blend(**vars(self._blend)) if self._blend else None
+            other._seconds = dict(self._seconds)
+            return other
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InputError("the stream is closed: start a new one")
+
+    def state_dict(self) -> dict:
+        """The stream after the last delivered chunk: tensors and plain Python, safe for `torch.save`."""
+        with self._compute, self._mail:
+            self._check_open()
+            return {
+                "version": STATE_VERSION,
+                "model": self.engine.fingerprint(),
+                "config": OmegaConf.to_container(OmegaConf.structured(self.engine.config)),
+                "spec": {**vars(self.spec), "latent_size": list(self.spec.latent_size)},
+                "noise": self._noise.state_dict(),
+                "prompt": self.prompt,
+                "embeds": self._embeds,
+                "epochs": self._epochs,
+                "index": self.index,
+                "delivered": self.delivered,
+                "blend": vars(self._blend).copy() if self._blend else None,
+                "request": vars(self._request).copy() if self._request else None,
+                "frames": self._rollout.num_latent_frames,
+                "decoder": self._decoder,
+                "rollout": self._rollout.state_dict(),
+            }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a state; `pipe.resume` checks that it fits."""
+        with self._compute, self._mail:
+            self.prompt, self._embeds, self._epochs = state["prompt"], state["embeds"], state["epochs"]
+            self.index, self.delivered = state["index"], state["delivered"]
+            self._blend = Blend(**state["blend"]) if state["blend"] else None
+            self._request = Request(**state["request"]) if state["request"] else None
+            self._decoder = state["decoder"]
+            with torch.no_grad():
+                self._rollout = self._start(self._embeds, state["frames"])
+                self._rollout.load_state_dict(state["rollout"])
