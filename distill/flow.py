@@ -1,8 +1,8 @@
 """Recipes `sprites/teacher` and `sprites/causal`: flow matching on latent clips, with text per chunk.
 
 One network learns every way it will be streamed: the batches mix clean history (teacher forcing, as released causal
-students expect), monotone joint windows (rolling and diagonal schedules; equal levels over the whole clip make the
-bidirectional teacher) and level-matched history (per-level caches). Positions get random offsets, and a part of the
+students expect), monotone joint windows (rolling and diagonal schedules), level-matched history (per-level caches) and whole
+clips at one level (the bidirectional teacher). Positions get random offsets, and a part of the
 clips jumps between their first chunk and the rest, so that a sink in front of a window is nothing new.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from streamgen.distill.data import ClipSpec, LatentClips, build_clips, tell, vocabulary
+from streamgen.hub import assets_root
 from streamgen.models.masks import block_causal_mask, teacher_forcing_mask
 from streamgen.models.text import TextEncoder, build_tokenizer
 from streamgen.models.transformer import CausalWanTransformer3DModel
@@ -44,7 +45,7 @@ class FlowTask:
     shift: float = 3.0
     prompt_dropout: float = 0.1
     unknown_words: float = 0.02
-    patterns: dict[str, float] = field(default_factory=lambda: {"clean": 0.6, "window": 0.25, "matched": 0.15})
+    patterns: dict[str, float] = field(default_factory=lambda: {"clean": 0.6, "window": 0.25, "matched": 0.15})  # also: whole
     context_noise: float = 150.0  # history of half the clips is noised up to this timestep, and said to be
     gap: float = 0.25  # share of clips that jump between sink and window
     max_offset: int = 64
@@ -57,7 +58,7 @@ class Batch:
     sequence: Tensor  # [B, C, F', h, w]
     timestep: Tensor  # [B, F']
     positions: Tensor  # [B, F']
-    mask: Tensor  # [F', F'] or [B, F', F']
+    mask: Tensor  # [B, F', F']
     prompt_index: Tensor  # [B, F']
     target: Tensor  # [B, C, F', h, w]
     weight: Tensor  # [B, F'], 0 where nothing is learnt
@@ -70,9 +71,9 @@ def warp(u: Tensor, shift: float) -> Tensor:
 class FlowTrainer:
     """Velocity matching; see the module's docstring for the patterns."""
 
-    def __init__(self, config: FlowTask, device: torch.device, autocast: bool, seed: int = 0, compiled: bool = False):
+    def __init__(self, config: FlowTask, device: torch.device, autocast: bool, compiled: bool) -> None:
         self.config, self.device, self.autocast = config, device, autocast
-        self.codec = config.codec if config.codec != "assets" else str(embedded_folder() / "vae")
+        self.codec = config.codec if config.codec != "assets" else str(assets_root() / "sprites" / "vae")
         self.tokenizer = build_tokenizer(vocabulary(), config.text_len)
         self.module = nn.ModuleDict(
             {
@@ -98,7 +99,6 @@ class FlowTrainer:
         if compiled:
             self.transformer = torch.compile(self.module["transformer"], dynamic=False)
         self._clips: LatentClips | None = None
-        self.seed = seed
 
     def _start_from(self, folder: Path) -> None:
         self.module["transformer"].load_state_dict(
@@ -111,7 +111,7 @@ class FlowTrainer:
     @property
     def clips(self) -> LatentClips:
         if self._clips is None:
-            spec = ClipSpec(self.codec, self.config.clips, self.config.clip_chunks, self.config.chunk_frames, self.seed)
+            spec = ClipSpec(self.codec, self.config.clips, self.config.clip_chunks, self.config.chunk_frames)
             path = Path("runs/sprites/clips") / f"{spec.clips}x{spec.chunks}-seed{spec.seed}.safetensors"
             if not path.exists():
                 build_clips(spec, path)
@@ -160,13 +160,10 @@ class FlowTrainer:
         chunks = self.config.chunks
         if pattern == "clean":
             return rng.random((count, chunks))
-        if pattern == "matched":
+        if pattern in ("matched", "whole"):
             return np.repeat(rng.random((count, 1)), chunks, 1)
         levels = np.zeros((count, chunks))
         for row in levels:
-            if rng.random() < 0.3:  # the bidirectional teacher
-                row[:] = rng.random()
-                continue
             size = int(rng.integers(2, min(5, chunks) + 1))
             first = int(rng.integers(0, chunks - size + 1))
             # equal steps apart, as a staggered ladder leaves them, at a random phase of the tick
@@ -177,12 +174,16 @@ class FlowTrainer:
     def _mask(self, pattern: str, levels: np.ndarray) -> Tensor:
         n, chunks = self.config.chunk_frames, self.config.chunks
         if pattern == "clean":
-            return teacher_forcing_mask(n * chunks, n)
-        causal = block_causal_mask(n * chunks, n)
-        if pattern == "matched":
-            return causal
-        flight = torch.from_numpy(np.repeat(levels > 0, n, 1))  # nan compares false
-        return causal | (flight[:, :, None] & flight[:, None, :])
+            mask = teacher_forcing_mask(n * chunks, n)
+        elif pattern == "whole":
+            mask = torch.ones(n * chunks, n * chunks, dtype=torch.bool)
+        else:
+            mask = block_causal_mask(n * chunks, n)
+        mask = mask.expand(len(levels), -1, -1)
+        if pattern == "window":
+            flight = torch.from_numpy(np.repeat(levels > 0, n, 1))  # nan compares false
+            mask = mask | (flight[:, :, None] & flight[:, None, :])
+        return mask
 
     def batch(self, rng: np.random.Generator) -> tuple[Batch, list[list[str]]]:
         config, n = self.config, self.config.chunk_frames
@@ -243,9 +244,3 @@ class FlowTrainer:
         self.tokenizer.save_pretrained(folder / "tokenizer")
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
-
-def embedded_folder() -> Path:
-    """Where the package's own weights lie."""
-    from importlib import resources
-
-    return Path(str(resources.files("streamgen"))) / "assets" / "sprites"

@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 
 from streamgen.config import available, config_root, read_config
 from streamgen.device import resolve_device
+from streamgen.distill.flow import FlowTask, FlowTrainer
 from streamgen.distill.trainer import TrainConfig, Trainer
 from streamgen.distill.vae import VAETask, VAETrainer
 from streamgen.errors import InputError
 
-TASKS = {"vae": VAETrainer}
+TASKS = {"vae": VAETrainer, "flow": FlowTrainer}
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Recipe:
     task: str = "vae"
     train: TrainConfig = field(default_factory=TrainConfig)
     vae: VAETask = field(default_factory=VAETask)
+    flow: FlowTask = field(default_factory=FlowTask)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -67,5 +69,5 @@ def build(name: str, overrides: Sequence[str] = ()) -> Trainer:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
     torch.manual_seed(config.seed)
-    task = TASKS[recipe.task](getattr(recipe, recipe.task), device, config.autocast)
+    task = TASKS[recipe.task](getattr(recipe, recipe.task), device, config.autocast, config.compile)
     return Trainer(task, config, provenance(name, recipe, device))

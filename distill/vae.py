@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamgen.media import save_image
 from streamgen.models.vae import TIME, StreamingVAE
@@ -45,7 +45,7 @@ def sample_window(rng: np.random.Generator, frames: int, side: str = "train") ->
 class VAETrainer:
     """L1 + 2·L2 + KL on reconstructions."""
 
-    def __init__(self, config: VAETask, device: torch.device, autocast: bool) -> None:
+    def __init__(self, config: VAETask, device: torch.device, autocast: bool, compiled: bool = False) -> None:
         self.config, self.device, self.autocast = config, device, autocast
         self.module = StreamingVAE(latent_channels=config.latent_channels).to(device)
 
@@ -107,7 +107,3 @@ def to_pixels(clips: np.ndarray) -> Tensor:
 def psnr(error: Tensor) -> float:
     """Of an error on the [-1, 1] scale, in dB."""
     return float(10 * torch.log10(4 / error.detach().square().mean()))
-
-
-def build(section: VAETask, device: torch.device, autocast: bool, **_: nn.Module) -> VAETrainer:
-    return VAETrainer(section, device, autocast)

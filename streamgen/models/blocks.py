@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from streamgen.kernels.attention import attend
 from streamgen.models.context import AttentionContext
 
-__all__ = ["Attention", "CausalWanTransformerBlock", "ConditionEmbedder", "PatchEmbedding", "TextKeys", "modulate", "widen"]
+__all__ = ["CausalWanTransformerBlock", "ConditionEmbedder", "PatchEmbedding", "TextKeys", "gelu", "modulate", "widen"]
 
 
 @dataclass(frozen=True, slots=True)

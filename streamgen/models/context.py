@@ -51,6 +51,7 @@ class DenseContext:
 def token_mask(frame_mask: Tensor, tokens_per_frame: int) -> Tensor:
     """[F, F] or [B, F, F] over frames -> [L, L] or [B, 1, L, L] over tokens, L = F·T.
 
+    >>> import torch
     >>> token_mask(torch.tensor([[True, False], [True, True]]), 2).int()
     tensor([[1, 1, 0, 0],
             [1, 1, 0, 0],

@@ -144,7 +144,7 @@ def _classify(pixels: np.ndarray, back: np.ndarray) -> tuple[np.ndarray, np.ndar
     colour = _nearest(values[core])
     colour[(colour == UNKNOWN) & (far[core] < PLAIN**2)] = CLASSES
     sure = core[colour < CLASSES]
-    order, seen = _palette(values[sure], frame[sure] * CLASSES + colour[colour < CLASSES], count)
+    order, seen = _palette(values[sure], frame[sure] * CLASSES + colour[colour < CLASSES], back)
     closest, owner = far.copy(), np.zeros(len(index), np.uint8)
     for rank in range(order.shape[1]):
         there = order[:, rank] >= 0
@@ -182,22 +182,39 @@ def _nearest(values: np.ndarray) -> np.ndarray:
     return best
 
 
-def _palette(values: np.ndarray, key: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _palette(values: np.ndarray, key: np.ndarray, back: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Per frame the colours it holds, commonest first (-1 = no more) [F, 4], and their mean values [F, CLASSES, 3]."""
+    count = len(back)
     cells = count * CLASSES
     votes = np.bincount(key, minlength=cells).reshape(count, CLASSES)
     seen = np.stack([np.bincount(key, values[:, c], cells) for c in range(3)], 1).reshape(count, CLASSES, 3)
     seen = (seen / np.maximum(votes, 1)[..., None]).astype(np.float32)
     votes[:, :UNKNOWN][votes[:, :UNKNOWN] < VOTES] = 0
     votes[:, UNKNOWN][votes[:, UNKNOWN] < UNKNOWN_VOTES] = 0
-    for i in np.flatnonzero((votes > 0).sum(1) > 1):  # shades of one body are one colour
-        held = sorted(np.flatnonzero(votes[i]), key=lambda c, i=i: -votes[i, c])
-        for rank, weak in enumerate(held):
-            if any(np.linalg.norm(seen[i, weak] - seen[i, strong]) < SAME for strong in held[:rank] if votes[i, strong]):
-                votes[i, weak] = 0
+    for i in np.flatnonzero((votes > 0).sum(1) > 1):
+        strong: list[int] = []
+        for c in sorted(np.flatnonzero(votes[i]), key=lambda c, i=i: -votes[i, c]):
+            if _is_shade(seen[i], c, strong, votes[i], back[i].mean(0)):
+                votes[i, c] = 0
+            else:
+                strong.append(c)
     order = np.argsort(-votes, axis=1, kind="stable")[:, :4]
     order[np.take_along_axis(votes, order, 1) == 0] = -1
     return order, seen
+
+
+def _is_shade(seen: np.ndarray, colour: int, strong: list[int], votes: np.ndarray, back: np.ndarray) -> bool:
+    """Whether a colour is but a shade of a stronger one, or a blurred edge between two, or one and the background."""
+    value, reach = seen[colour], 45.0 if colour == UNKNOWN else 35.0
+    if any(np.linalg.norm(value - seen[s]) < SAME for s in strong):
+        return True
+    ends = [(seen[a], seen[b]) for k, a in enumerate(strong) for b in strong[:k]]
+    ends += [(seen[s], back) for s in strong if 2 * votes[colour] < votes[s]]
+    for a, b in ends:
+        along = np.clip(np.dot(value - b, a - b) / max(np.dot(a - b, a - b), 1.0), 0, 1)
+        if np.linalg.norm(value - b - along * (a - b)) < reach:
+            return True
+    return False
 
 
 def label(classes: np.ndarray) -> tuple[np.ndarray, int]:

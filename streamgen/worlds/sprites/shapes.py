@@ -18,7 +18,7 @@ from streamgen.worlds.sprites.segment import GRID, SPAN
 SYMMETRY = {"circle": 0, "square": 4, "triangle": 3, "star": 5, "cross": 4, "ring": 0}  # turns that change nothing
 STEP = np.radians(4)
 LIKE, MARGIN = 0.72, 0.03  # overlap a shape needs, and by how much it must beat the next
-SOFT = (6.0, 5.0, 4.0, 3.0, 2.0, 1.5, 1.0)  # pixels by which an outline is blurred at each step of a fit: how far it sees
+SOFT = (6.0, 5.0, 4.0, 3.0, 2.0, 1.5, 1.0)  # pixels of blur of an outline at each step of a fit: how far it sees
 
 
 @lru_cache(maxsize=1)
@@ -70,7 +70,10 @@ def decide(overlap: np.ndarray) -> np.ndarray:
     return np.where(sure, overlap.argmax(1), -1)
 
 
-def fit(view: tuple[np.ndarray, np.ndarray, np.ndarray], kind: int, start: np.ndarray, free: tuple[bool, ...], size: int):
+View = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def fit(view: View, kind: int, start: np.ndarray, free: tuple[bool, ...], size: int) -> View:
     """Fit one shape to bodies seen in part.
 
     Args:
