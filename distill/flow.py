@@ -18,10 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from streamgen.distill.data import ClipSpec, LatentClips, build_clips, tell, vocabulary
-from streamgen.hub import assets_root
+from streamgen.evaluation.sprites import generate, measure, specified
+from streamgen.hub import assets_root, model_config, stream_config
+from streamgen.media import save_image
 from streamgen.models.masks import block_causal_mask, teacher_forcing_mask
 from streamgen.models.text import TextEncoder, build_tokenizer
 from streamgen.models.transformer import CausalWanTransformer3DModel
+from streamgen.models.vae import StreamingVAE
+from streamgen.pipelines.streaming import StreamingVideoPipeline
 
 
 @dataclass
@@ -49,6 +53,7 @@ class FlowTask:
     context_noise: float = 150.0  # history of half the clips is noised up to this timestep, and said to be
     gap: float = 0.25  # share of clips that jump between sink and window
     max_offset: int = 64
+    samples: int = 8
 
 
 @dataclass
@@ -234,8 +239,23 @@ class FlowTrainer:
         return (error * batch.weight).sum() / batch.weight.sum().clamp(min=1), {}
 
     # ------------------------------------------------------------------------------------------- results
+    def pipeline(self, module: nn.ModuleDict) -> StreamingVideoPipeline:
+        """The network as a user would stream it: codec, default preset, the model's overrides."""
+        pipe = StreamingVideoPipeline(
+            self.tokenizer, module["text_encoder"], module["transformer"], StreamingVAE.from_pretrained(self.codec)
+        )
+        pipe.settings = model_config("sprites")
+        pipe.stream_config = stream_config(pipe.settings.preset, pipe.settings)
+        return pipe
+
     def sample(self, module: nn.ModuleDict, path: Path) -> dict[str, float]:
-        return {}
+        """Stream a few held-out prompts causally, ask the oracle, and draw one row of frames per prompt."""
+        suite, rows = specified(self.config.samples), []
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            clips = generate(self.pipeline(module), suite.prompts, 81)
+            report = measure(clips, suite, keep=lambda clip: rows.append(np.concatenate(list(clip[::9]), 1)))
+        save_image(path, np.concatenate(rows))
+        return report
 
     def export(self, module: nn.ModuleDict, folder: Path, manifest: dict) -> None:
         """`transformer`, `text_encoder` and `tokenizer` folders, as a pipeline lays them out."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from streamgen.errors import InputError
+from streamgen.errors import InputError, UnavailableError
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
-    """"auto" = cuda > mps > cpu. Raises InputError for a device that is not there."""
+    """"auto" = cuda > mps > cpu. Raises UnavailableError for a device that is not there, InputError for no device."""
     if isinstance(name, torch.device):
         return name
     if name == "auto":
@@ -24,7 +24,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
         "mps": not torch.backends.mps.is_available(),
     }.get(device.type, False)
     if missing:
-        raise InputError(f"device {name!r} is not available here: use --device auto or cpu (`streamgen doctor` lists)")
+        raise UnavailableError(f"device {name!r} is not available here: use auto or cpu (`streamgen doctor` lists)")
     return device
 
 

@@ -21,6 +21,7 @@ from streamgen.worlds.sprites.language import (
     sample_scene,
     split,
 )
+from streamgen.worlds.sprites.oracle import Reading, read
 from streamgen.worlds.sprites.renderer import FPS, SIZE, render
 
 __all__ = [

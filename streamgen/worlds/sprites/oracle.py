@@ -16,8 +16,8 @@ from itertools import permutations
 
 import numpy as np
 
-from streamgen.worlds.sprites import laws
-from streamgen.worlds.sprites.language import COLOURS, SHAPES, Scene
+from streamgen.worlds.sprites import laws, shapes
+from streamgen.worlds.sprites.language import SHAPES, Scene
 from streamgen.worlds.sprites.renderer import FPS
 from streamgen.worlds.sprites.segment import UNKNOWN, Bodies, name, segment
 from streamgen.worlds.sprites.tracks import Track, link, majority, measure
@@ -265,8 +265,6 @@ def all_right(reading: Reading, scene: Scene) -> bool:
 # ------------------------------------------------------------------------------------------------ frame by frame
 def timeline(frames: np.ndarray) -> tuple[FrameReading, ...]:
     """What every single frame shows."""
-    from streamgen.worlds.sprites import shapes
-
     bodies, backgrounds = segment(frames)
     kind = np.where(bodies.clear, shapes.decide(shapes.match(bodies.grid)[0]), -1)
     bounds = np.searchsorted(bodies.frame, np.arange(len(frames) + 1))
@@ -298,16 +296,3 @@ def first_frame_with(
         if run >= min(lasting, len(hits)):
             return i - run + 1
     return None
-
-
-__all__ = [
-    "COLOURS",
-    "ActorReading",
-    "FrameReading",
-    "Reading",
-    "all_right",
-    "first_frame_with",
-    "read",
-    "score",
-    "timeline",
-]

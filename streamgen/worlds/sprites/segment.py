@@ -208,7 +208,8 @@ def _is_shade(seen: np.ndarray, colour: int, strong: list[int], votes: np.ndarra
     value, reach = seen[colour], 45.0 if colour == UNKNOWN else 35.0
     if any(np.linalg.norm(value - seen[s]) < SAME for s in strong):
         return True
-    ends = [(seen[a], seen[b]) for k, a in enumerate(strong) for b in strong[:k]]
+    others = [c for c in np.flatnonzero(votes) if c != colour] if 2 * votes[colour] < votes.max() else strong
+    ends = [(seen[a], seen[b]) for k, a in enumerate(others) for b in others[:k]]
     ends += [(seen[s], back) for s in strong if 2 * votes[colour] < votes[s]]
     for a, b in ends:
         along = np.clip(np.dot(value - b, a - b) / max(np.dot(a - b, a - b), 1.0), 0, 1)

@@ -1,0 +1,1 @@
+"""Quality, measured: the embedded model against the oracle of its world."""
