@@ -20,7 +20,8 @@ from safetensors.torch import safe_open, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from streamgen.models.vae import TIME, StreamingVAE
+from streamgen.models.vae import StreamingVAE
+from streamgen.worlds.sprites.dataset import SpritesDataset, chunk_start
 from streamgen.worlds.sprites.language import (
     ANY_SHAPE,
     BACKGROUNDS,
@@ -29,16 +30,11 @@ from streamgen.worlds.sprites.language import (
     PARAPHRASES,
     SHAPES,
     Actor,
-    Change,
     Scene,
-    Timeline,
-    change_scene,
     describe,
     omit,
-    sample_scene,
     split,
 )
-from streamgen.worlds.sprites.renderer import draw, play
 
 log = logging.getLogger(__name__)
 
@@ -50,23 +46,6 @@ def vocabulary() -> list[str]:
     phrases = [*COLOURS, *BACKGROUNDS, *SHAPES, *MOTIONS, ANY_SHAPE, "a an and on against over background backdrop"]
     phrases += [other for others in PARAPHRASES.values() for other in others] + ["- . , !"]
     return sorted({word for phrase in phrases for word in phrase.replace("-", " - ").split()})
-
-
-def chunk_start(chunk: int, chunk_frames: int) -> int:
-    """First pixel frame of a chunk: 0, then 4·c·k - 3."""
-    return max(0, TIME * chunk_frames * chunk - (TIME - 1))
-
-
-def sample_timeline(rng: np.random.Generator, chunks: int, chunk_frames: int, changes: float = 0.3) -> Timeline:
-    """A training scene; with probability `changes` one attribute, actor or everything changes at a chunk boundary."""
-    scene = sample_scene(rng, "train")
-    parts = [Change(0, scene)]
-    if rng.random() < changes:
-        new, cut = change_scene(scene, rng)
-        while split(new) != "train":
-            new, cut = change_scene(scene, rng)
-        parts.append(Change(chunk_start(int(rng.integers(1, chunks)), chunk_frames), new, cut))
-    return Timeline(tuple(parts))
 
 
 @dataclass(frozen=True)
@@ -83,16 +62,14 @@ class ClipSpec:
 def _encode_shard(spec: ClipSpec, shard: int) -> tuple[Tensor, list]:
     torch.set_num_threads(1)
     codec = StreamingVAE.from_pretrained(spec.codec)
-    frames = TIME * spec.chunks * spec.chunk_frames - (TIME - 1)
+    world = SpritesDataset(spec.clips, spec.chunks, spec.chunk_frames, "train", spec.seed)
     latents, scenes = [], []
     for index in range(shard * SHARD, min(spec.clips, (shard + 1) * SHARD)):
-        rng = np.random.default_rng([spec.seed, 11, index])
-        timeline = sample_timeline(rng, spec.chunks, spec.chunk_frames)
-        script = play(timeline, frames, seed=int(rng.integers(2**31)))
-        pixels = torch.from_numpy(draw(script, frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        clip = world[index]
+        pixels = torch.from_numpy(clip.frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latents.append(codec.encode(pixels)[0][0].half())
-        scenes.append([[c.frame, c.cut, asdict(c.scene)] for c in script.scenes])
+        scenes.append([[c.frame, c.cut, asdict(c.scene)] for c in clip.scenes])
     return torch.stack(latents), scenes
 
 

@@ -49,7 +49,8 @@ class FlowTask:
     shift: float = 3.0
     prompt_dropout: float = 0.1
     unknown_words: float = 0.02
-    patterns: dict[str, float] = field(default_factory=lambda: {"clean": 0.6, "window": 0.25, "matched": 0.15})  # also: whole
+    # shares of clean | window | matched | whole
+    patterns: dict[str, float] = field(default_factory=lambda: {"clean": 0.6, "window": 0.25, "matched": 0.15})
     context_noise: float = 150.0  # history of half the clips is noised up to this timestep, and said to be
     gap: float = 0.25  # share of clips that jump between sink and window
     max_offset: int = 64

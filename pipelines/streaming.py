@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class StreamingVideoPipelineOutput(BaseOutput):
-    """`frames`: [F, H, W, 3] or [B, F, H, W, 3] floats in [0, 1] ("np"), [B, F, C, H, W] ("pt"), PIL lists, or latents."""
+    """`frames`: [F, H, W, 3] or [B, F, H, W, 3] floats in [0, 1] ("np"), [B, F, C, H, W] ("pt"), PIL, or latents."""
 
     frames: np.ndarray | Tensor | list
 

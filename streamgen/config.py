@@ -1,6 +1,6 @@
 """Configuration: dataclasses, filled from YAML and dotlist by OmegaConf, wrong keys and types refused in one line.
 
-Order: defaults < preset < the model's overrides < dotlist. YAML is read here, where a program starts, and nowhere below.
+Order: defaults < preset < the model's overrides < dotlist. YAML is read here, where a program starts, nowhere below.
 """
 
 from __future__ import annotations

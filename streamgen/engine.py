@@ -26,7 +26,7 @@ from streamgen.config import StreamConfig
 from streamgen.errors import InputError
 from streamgen.ladder import Ladder, build_ladder
 from streamgen.noise import Noise, TensorNoise
-from streamgen.schedules import SCHEDULES, Call, CallKind, OpKind, Row, Tick, clean_call
+from streamgen.schedules import SCHEDULES, Call, OpKind, Row, Tick, clean_call
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ class Registry:
         def add(cls: type) -> type:
             other = self._items.get(name)
             if other and (other[0].__module__, other[0].__qualname__) != (cls.__module__, cls.__qualname__):
-                raise ValueError(f"{self.kind} {name!r} is registered twice: {other[0].__module__} and {cls.__module__}")
+                origins = f"{other[0].__module__} and {cls.__module__}"
+                raise ValueError(f"{self.kind} {name!r} is registered twice: by {origins}")
             self._items[name] = (cls, options)
             return cls
 

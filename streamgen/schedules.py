@@ -55,7 +55,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """What kind of state a row belongs to; each lane keeps a cache of its own. Fields come with the presets that use them."""
+    """What kind of state a row belongs to; each lane keeps a cache of its own. Presets add the fields they use."""
 
     branch: str = "positive"  # of guidance
 

@@ -82,8 +82,8 @@ def _devices() -> dict[str, str]:
             found[f"cuda:{i}"] = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm{card.major}{card.minor}, {bf16}"
     else:
         found["cuda"] = "none visible" if torch.version.cuda or torch.version.hip else "this torch is built without it"
-    mps = torch.backends.mps
-    found["mps"] = "works" if mps.is_available() else "no such device" if mps.is_built() else "this torch is built without it"
+    mps, absent = torch.backends.mps, "this torch is built without it"
+    found["mps"] = "works" if mps.is_available() else "no such device" if mps.is_built() else absent
     return found
 
 

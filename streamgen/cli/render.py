@@ -34,7 +34,7 @@ def parser(prog: str, description: str) -> Parser:
     what = out.add_argument_group("what to show (exactly one)").add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT")
     what.add_argument("--prompt-file", metavar="FILE", help="its first line that is not empty; - is stdin")
-    what.add_argument("--timeline", metavar="FILE", help="YAML: list of {at: seconds, prompt:, mode:, blend:}; - is stdin")
+    what.add_argument("--timeline", metavar="FILE", help="YAML list of {at: seconds, prompt:, mode:, blend:}")
     out.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
     length = out.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=positive, help=f"length; {DEFAULT_SECONDS:g} if not given")
@@ -45,7 +45,7 @@ def parser(prog: str, description: str) -> Parser:
     out.add_argument("--model", default="sprites", help="an embedded model's name or a diffusers folder (sprites)")
     out.add_argument("--checkpoint", metavar="FILE", help=".pt or .safetensors whose transformer replaces the model's")
     out.add_argument("--preset", metavar="NAME", help="see `streamgen presets`; if not given, the model's own")
-    out.add_argument("--steps", type=whole(1), metavar="N", help="evenly spaced denoising steps instead of the preset's")
+    out.add_argument("--steps", type=whole(1), metavar="N", help="evenly spaced denoising steps, not the preset's")
     out.add_argument("--guidance-scale", type=number, metavar="X", help="1 = without guidance")
     out.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cpu, cuda, cuda:N, mps")
     out.add_argument("--dtype", help="bf16, fp16 or fp32; if not given, as the weights are stored")
@@ -127,6 +127,8 @@ def _job(args: argparse.Namespace, overrides: Sequence[str]) -> Job:
     num_frames = args.num_frames or max(1, round(seconds * fps))
     entries = _entries(args, fps)
     check_timeline(entries, num_frames, config, fps)
+    if args.model == "sprites":
+        _check_language(entries)
     if args.negative_prompt and config.guidance.scale == 1:
         log.warning("--negative-prompt has no effect without guidance: add --guidance-scale 3")
     return Job(entries, num_frames, fps, args.output or _name(entries[0].prompt), config, overrides)
@@ -143,9 +145,21 @@ def _entries(args: argparse.Namespace, fps: float) -> list[Entry]:
     return [Entry(0, next(filter(None, lines)))]
 
 
+def _check_language(entries: Sequence[Entry]) -> None:
+    """The embedded model knows one small world; other prompts run, and the user knows why they look odd."""
+    from streamgen.worlds.sprites import parse
+
+    for entry in entries:
+        try:
+            parse(entry.prompt)
+        except InputError as error:
+            log.warning("the embedded model was not trained on this prompt: %s", error)
+
+
 def _name(prompt: str) -> str:
     """A file name that says what is in it."""
-    return "-".join(re.findall(r"\w+", prompt.lower()))[:60].strip("-") + ".mp4" if re.search(r"\w", prompt) else "clip.mp4"
+    words = "-".join(re.findall(r"\w+", prompt.lower()))
+    return (words.encode()[:60].decode(errors="ignore").strip("-") or "clip") + ".mp4"
 
 
 # ------------------------------------------------------------------------------------------- rendering

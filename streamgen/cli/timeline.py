@@ -62,7 +62,8 @@ def _entry(item: object, where: str, fps: float) -> Entry:
     key = "at" if "at" in item else "frame"
     value, kinds = item[key], (int, float) if key == "at" else (int,)
     if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value < 0:
-        raise InputError(f"{where}: {key} is {value!r}; give {'seconds' if key == 'at' else 'a whole number'} from 0 on")
+        unit = "seconds" if key == "at" else "a whole number"
+        raise InputError(f"{where}: {key} is {value!r}; give {unit} from 0 on")
     prompt, mode, blend = item.get("prompt"), item.get("mode"), item.get("blend", 0)
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"{where}: the prompt is {'empty' if not prompt else repr(prompt)}; say what to show")

@@ -24,7 +24,7 @@ def parser(prog: str, description: str) -> Parser:
     out.add_argument("recipe", nargs="?", metavar="TARGET/RECIPE", help="a file of configs/distill; --list shows them")
     out.add_argument("--list", action="store_true", help="the recipes")
     out.add_argument("--device", help="auto (cuda > mps > cpu), cpu, cuda, cuda:N, mps")
-    out.add_argument("--output", metavar="FOLDER", help="checkpoints, samples and the export go to FOLDER/TARGET/RECIPE")
+    out.add_argument("--output", metavar="FOLDER", help="all that is written goes to FOLDER/TARGET/RECIPE")
     out.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from a checkpoint if there is one"
     )
@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     if args.recipe is None:
         raise InputError(f"which recipe? choose one of {', '.join(names)}")
     if args.recipe not in names:
-        raise InputError(f"unknown recipe {args.recipe!r}{suggest(args.recipe, names)}: choose one of {', '.join(names)}")
+        near = suggest(args.recipe, names)
+        raise InputError(f"unknown recipe {args.recipe!r}{near}: choose one of {', '.join(names)}")
     overrides = check_overrides(args.overrides, "settings are KEY=VALUE, e.g. train.steps=100")
     for key, value in (("device", args.device), ("output", args.output), ("max_minutes", args.minutes)):
         if value is not None:

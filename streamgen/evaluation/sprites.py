@@ -68,7 +68,9 @@ def colour_switches(count: int, side: str = "val", seed: int = 1) -> tuple[Suite
     return Suite("switch-before", tuple(before)), Suite("switch-after", tuple(after))
 
 
-def generate(pipe, prompts: list[str], num_frames: int, seed: int = 0, batch: int = 8, **options) -> Iterator[np.ndarray]:
+def generate(
+    pipe, prompts: list[str], num_frames: int, seed: int = 0, batch: int = 8, **options
+) -> Iterator[np.ndarray]:
     """Clips uint8 [F, H, W, 3], streamed causally in batches."""
     for first in range(0, len(prompts), batch):
         part = prompts[first : first + batch]

@@ -154,7 +154,7 @@ class StreamingVAE(ModelMixin, ConfigMixin):
         return mean, log_variance, state
 
     def reconstruct(self, latents: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Pixels of latents before normalisation: [B, C, f, h, w] -> [B, 3, F, H, W], F = 4f - 3 at the start, else 4f."""
+        """Pixels of raw latents: [B, C, f, h, w] -> [B, 3, F, H, W], F = 4f - 3 at the start of a stream, else 4f."""
         batch = latents.shape[0]
         x, new = self._run(self.decoder, latents.transpose(1, 2).flatten(0, 1), batch, state)
         x = F.pixel_shuffle(x, PATCH).unflatten(0, (batch, -1)).transpose(1, 2)

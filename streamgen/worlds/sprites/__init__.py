@@ -7,6 +7,7 @@ turning sense) must be remembered, so that sinks, banks and anchors can be told 
     reading = read(frames)          # reading.colour == "red", reading.motion == "bouncing", …
 """
 
+from streamgen.worlds.sprites.dataset import Clip, SpritesDataset
 from streamgen.worlds.sprites.language import (
     BACKGROUNDS,
     COLOURS,
@@ -22,7 +23,7 @@ from streamgen.worlds.sprites.language import (
     split,
 )
 from streamgen.worlds.sprites.oracle import Reading, read
-from streamgen.worlds.sprites.renderer import FPS, SIZE, render
+from streamgen.worlds.sprites.renderer import FPS, SIZE, Drive, render
 
 __all__ = [
     "BACKGROUNDS",
@@ -33,8 +34,11 @@ __all__ = [
     "SIZE",
     "Actor",
     "Change",
+    "Clip",
+    "Drive",
     "Reading",
     "Scene",
+    "SpritesDataset",
     "Timeline",
     "describe",
     "parse",

@@ -26,6 +26,7 @@ PRESENT = 0.95  # share of frames `all_right` asks for
 WHOLE = 0.85  # share of clear views in one piece and of one shape
 LASTING = 6  # frames a state must last to count
 AWAY = 2.0 + 0.6  # seconds an actor may be out of sight beyond a side; the rest is the slivers nobody can see
+NEAR = 0.12  # picture widths from a side within which a body half hidden by the other may be leaving or entering
 EXTRA = 60  # pixels from which a body too many is one
 JUMP, DIFFERENT = 0.2, 0.16  # of log size: within two frames, and lasting
 
@@ -143,7 +144,8 @@ def _there(bodies: Bodies, track: Track, others: list[Track], count: int) -> np.
         ends = np.array([np.searchsorted(track.t, f) for f in (before, after) if 0 <= f < count])
         rows, away = track.rows[ends], np.arange(before + 1, after)
         behind = _behind(bodies, track, ends, others, away)
-        near_side = bodies.cut[rows].any(1) | (behind.any() & bodies.touching[rows])
+        side = (bodies.box[rows] * [1, -1, 1, -1] + [0, 1, 0, 1]).min(1) < NEAR
+        near_side = bodies.cut[rows].any(1) | (bodies.touching[rows] & (side | behind.any()))
         if behind.all() or (near_side.all() and (~behind).sum() <= AWAY * FPS):
             there[away] = True
     return there

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from streamgen.errors import InputError
-from streamgen.worlds.sprites.language import BACKGROUNDS, COLOURS, Change, Scene, Timeline, complete, parse
+from streamgen.worlds.sprites.language import BACKGROUNDS, COLOURS, Actor, Change, Scene, Timeline, complete, parse
 from streamgen.worlds.sprites.motion import REACH, Hidden, Pose, track
 
 SIZE = 128  # pixels per side
@@ -105,46 +106,80 @@ def _arrays(pose: Pose):
     return pose.x, pose.y, pose.scale, pose.angle
 
 
-def play(scene: str | Scene | Timeline, num_frames: int, seed: int = 0) -> Script:
+@dataclass(frozen=True, slots=True, eq=False)
+class Drive:
+    """Steers one actor from outside: `path` [F, 2] centres (x, y) in picture widths, `envelope` [F] scales."""
+
+    path: np.ndarray | None = None
+    envelope: np.ndarray | None = None
+
+
+@dataclass(slots=True)
+class _Life:
+    """One actor while a scene plays: its hidden state, and when and where its present motion began."""
+
+    hidden: Hidden
+    began: int
+    start: Pose | None = None
+    last: Pose | None = None
+
+    def move(self, actor: Actor, begin: int, stop: int) -> Pose | None:
+        """Its pose over frames [begin, stop); None if that is empty."""
+        t = np.arange(begin - self.began, stop - self.began) / FPS
+        if not len(t):
+            return None
+        pose = track(self.hidden, actor.motion, actor.shape, t, self.start)
+        self.last = pose.at(-1)
+        return pose
+
+
+def play(
+    scene: str | Scene | Timeline, num_frames: int, seed: int = 0, drives: Mapping[int, Drive] | None = None
+) -> Script:
     """Play a prompt, scene or timeline out: draw the hidden state from `seed` and follow every body.
 
+    Args:
+        drives: actor index -> an explicit path or envelope in place of its motion's own.
     Raises: InputError when the prompt is outside the language or num_frames is not positive.
     """
     if num_frames < 1:
         raise InputError(f"num_frames must be positive, got {num_frames}")
     timeline = _timeline(scene)
-    runs: dict[int, list[Body]] = {}
-    poses: dict[int, Pose] = {}
-    hidden: dict[int, Hidden] = {}
-    began: dict[int, tuple[int, Pose | None]] = {}
+    runs: dict[tuple[int, int], list[Body]] = {}
+    lives: list[_Life] = []
     full: Scene | None = None
     cuts, backgrounds, scenes = 0, [], []
-    bounds = [*(c.frame for c in timeline.changes), num_frames]
-    for change, stop in zip(timeline.changes, bounds[1:], strict=True):
-        rng = np.random.default_rng([seed, 7, cuts])
+    stops = [*(c.frame for c in timeline.changes[1:]), num_frames]
+    for change, stop in zip(timeline.changes, stops, strict=True):
         if change.cut or full is None:
-            cuts += 1
-            rng = np.random.default_rng([seed, 7, cuts])
-            poses, hidden, began, full = {}, {}, {}, None
-        new = complete(_keep(change.scene, full), rng)
+            cuts, lives, full = cuts + 1, [], None
+        new = complete(_keep(change.scene, full), np.random.default_rng([seed, 7, cuts]))
         for index, actor in enumerate(new.actors):
-            if index not in hidden:
-                hidden[index] = Hidden.draw(np.random.default_rng([seed, cuts, index]))
-                began[index] = (change.frame, None)
-            elif full is None or actor.motion != full.actors[index].motion:
-                began[index] = (change.frame, poses[index])
-            first, start = began[index]
-            t = np.arange(change.frame - first, min(stop, num_frames) - first) / FPS
-            if len(t):
-                pose = track(hidden[index], actor.motion, actor.shape, t, start)
-                runs.setdefault((cuts, index), []).append(
-                    Body(change.frame, actor.colour, actor.shape, hidden[index].size, pose)
-                )
-                poses[index] = pose.at(-1)
+            if index >= len(lives):
+                lives.append(_Life(Hidden.draw(np.random.default_rng([seed, cuts, index])), change.frame))
+            elif full is None or index >= len(full.actors) or actor.motion != full.actors[index].motion:
+                lives[index] = _Life(lives[index].hidden, change.frame, lives[index].last)
+            pose = lives[index].move(actor, change.frame, min(stop, num_frames))
+            if pose is not None:
+                pose = _driven(pose, (drives or {}).get(index), change.frame)
+                body = Body(change.frame, actor.colour, actor.shape, lives[index].hidden.size, pose)
+                runs.setdefault((cuts, index), []).append(body)
         full = new
         scenes.append(Change(change.frame, new, change.cut))
         backgrounds.append((change.frame, new.background))
     return Script(tuple(map(tuple, runs.values())), tuple(backgrounds), tuple(scenes))
+
+
+def _driven(pose: Pose, drive: Drive | None, first: int) -> Pose:
+    """A pose that begins at frame `first`, with what a drive dictates."""
+    if drive is None:
+        return pose
+    part = slice(first, first + len(pose.x))
+    x, y = (pose.x, pose.y) if drive.path is None else np.asarray(drive.path, float)[part].T
+    scale = pose.scale if drive.envelope is None else np.asarray(drive.envelope, float)[part]
+    if len(x) != len(pose.x) or len(scale) != len(pose.x):
+        raise InputError(f"a drive must cover every frame: {first + len(pose.x)} are drawn")
+    return Pose(x, y, scale, pose.angle)
 
 
 def _timeline(scene: str | Scene | Timeline) -> Timeline:
@@ -181,6 +216,8 @@ def draw(script: Script, num_frames: int, first: int = 0, size: int = SIZE) -> n
     return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
 
 
-def render(scene: str | Scene | Timeline, num_frames: int = 81, seed: int = 0) -> np.ndarray:
-    """The world's own video of a prompt, scene or timeline: uint8 [F, 128, 128, 3] at 16 fps."""
-    return draw(play(scene, num_frames, seed), num_frames)
+def render(
+    scene: str | Scene | Timeline, num_frames: int = 81, seed: int = 0, drives: Mapping[int, Drive] | None = None
+) -> np.ndarray:
+    """The world's own video of a prompt, scene or timeline: uint8 [F, 128, 128, 3] at 16 fps; see `play`."""
+    return draw(play(scene, num_frames, seed, drives), num_frames)
