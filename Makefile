@@ -4,7 +4,7 @@
 TORCH   ?= torch==2.13.0
 PYTHON  ?= python3
 VENV    ?= .venv
-EXTRAS  ?= dev,demo,train
+EXTRAS  ?= dev
 # processes that run tests, one thread each
 WORKERS ?= 2
 

@@ -1,0 +1,1 @@
+"""Small programs that show what a session can do."""
