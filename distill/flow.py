@@ -1,15 +1,17 @@
 """Recipes `sprites/teacher` and `sprites/causal`: flow matching on latent clips, with text per chunk.
 
 One network learns every way it will be streamed: the batches mix clean history (teacher forcing, as released causal
-students expect), monotone joint windows (rolling and diagonal schedules), level-matched history (per-level caches) and whole
-clips at one level (the bidirectional teacher). Positions get random offsets, and a part of the
-clips jumps between their first chunk and the rest, so that a sink in front of a window is nothing new.
+students expect), first chunks alone (where the text decides; many clips for little work), monotone joint windows
+(rolling and diagonal schedules), level-matched history (per-level caches) and whole clips at one level (the
+bidirectional teacher). Positions get random offsets, and a part of the clips jumps between their first chunk and the
+rest, so that a sink in front of a window is nothing new.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +40,7 @@ class FlowTask:
     clip_chunks: int = 9
     chunks: int = 7
     chunk_frames: int = 3
-    batch: int = 8  # clips; patterns without a second copy of the clip take twice as many
+    batch: int = 8  # clips of pattern "clean"; the others cost less per clip and take more, see PATTERNS
     dim: int = 256
     heads: int = 4
     layers: int = 8
@@ -49,7 +51,7 @@ class FlowTask:
     shift: float = 3.0
     prompt_dropout: float = 0.1
     unknown_words: float = 0.02
-    # shares of clean | window | matched | whole
+    # shares of clean | start | window | matched | whole
     patterns: dict[str, float] = field(default_factory=lambda: {"clean": 0.6, "window": 0.25, "matched": 0.15})
     context_noise: float = 150.0  # history of half the clips is noised up to this timestep, and said to be
     gap: float = 0.25  # share of clips that jump between sink and window
@@ -68,6 +70,23 @@ class Batch:
     prompt_index: Tensor  # [B, F']
     target: Tensor  # [B, C, F', h, w]
     weight: Tensor  # [B, F'], 0 where nothing is learnt
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How a noise pattern fills a batch: `clips` times the recipe's batch, of `chunks` chunks (None = all)."""
+
+    clips: int
+    chunks: int | None = None
+
+
+PATTERNS = {
+    "clean": Pattern(1),
+    "start": Pattern(6, chunks=1),
+    "window": Pattern(2),
+    "matched": Pattern(2),
+    "whole": Pattern(2),
+}
 
 
 def warp(u: Tensor, shift: float) -> Tensor:
@@ -142,14 +161,14 @@ class FlowTrainer:
         return self.module["text_encoder"](ids.to(self.device), mask.to(self.device))
 
     # ------------------------------------------------------------------------------------------- batches
-    def _clip(self, rng: np.random.Generator) -> tuple[Tensor, np.ndarray, list[str], np.ndarray]:
-        """Latents [C, F, h, w], prompt index per frame, prompts, and which frames teach (a jump does not)."""
+    def _clip(self, rng: np.random.Generator, count: int) -> tuple[Tensor, np.ndarray, list[str], np.ndarray]:
+        """`count` chunks: latents [C, F, h, w], prompt index per frame, prompts, and which frames teach."""
         config, n = self.config, self.config.chunk_frames
         index = int(rng.integers(len(self.clips)))
         spare = config.clip_chunks - config.chunks
         gap = int(rng.integers(1, spare + 1)) if spare and rng.random() < config.gap else 0
         first = int(rng.integers(0, spare - gap + 1)) if rng.random() < 0.4 else 0
-        chunks = np.arange(config.chunks) + first
+        chunks = np.arange(count) + first
         chunks[1:] += gap
         frames = (chunks[:, None] * n + np.arange(n)).ravel()
         teach = np.ones(len(frames), np.float32)
@@ -161,10 +180,9 @@ class FlowTrainer:
             prompts = [""] * len(prompts)
         return self.clips.latents[index][:, frames].float(), which, prompts, teach
 
-    def _levels(self, pattern: str, rng: np.random.Generator, count: int) -> np.ndarray:
+    def _levels(self, pattern: str, rng: np.random.Generator, count: int, chunks: int) -> np.ndarray:
         """Noise level per chunk of `count` clips, [B, K] in 0..1 (0 = history)."""
-        chunks = self.config.chunks
-        if pattern == "clean":
+        if pattern in ("clean", "start"):
             return rng.random((count, chunks))
         if pattern in ("matched", "whole"):
             return np.repeat(rng.random((count, 1)), chunks, 1)
@@ -178,10 +196,10 @@ class FlowTrainer:
         return levels
 
     def _mask(self, pattern: str, levels: np.ndarray) -> Tensor:
-        n, chunks = self.config.chunk_frames, self.config.chunks
+        n, chunks = self.config.chunk_frames, levels.shape[1]
         if pattern == "clean":
             mask = teacher_forcing_mask(n * chunks, n)
-        elif pattern == "whole":
+        elif pattern in ("start", "whole"):
             mask = torch.ones(n * chunks, n * chunks, dtype=torch.bool)
         else:
             mask = block_causal_mask(n * chunks, n)
@@ -196,12 +214,13 @@ class FlowTrainer:
         names = list(config.patterns)
         share = np.array([config.patterns[name] for name in names])
         pattern = names[rng.choice(len(names), p=share / share.sum())]
-        count = config.batch * (1 if pattern == "clean" else 2)
-        drawn = [self._clip(rng) for _ in range(count)]
+        count = config.batch * PATTERNS[pattern].clips
+        chunks = PATTERNS[pattern].chunks or config.chunks
+        drawn = [self._clip(rng, chunks) for _ in range(count)]
         clean = torch.stack([d[0] for d in drawn])
         which = torch.from_numpy(np.stack([d[1] for d in drawn])).long()
         teach = torch.from_numpy(np.stack([d[3] for d in drawn]))
-        levels = self._levels(pattern, rng, count)
+        levels = self._levels(pattern, rng, count, chunks)
         teach = teach * torch.from_numpy(np.repeat(np.nan_to_num(levels) > 0, n, 1)).float()
         level = warp(torch.from_numpy(np.repeat(np.nan_to_num(levels), n, 1)).float(), config.shift)
         noise = torch.randn(clean.shape)
@@ -259,9 +278,11 @@ class FlowTrainer:
         return report
 
     def export(self, module: nn.ModuleDict, folder: Path, manifest: dict) -> None:
-        """`transformer`, `text_encoder` and `tokenizer` folders, as a pipeline lays them out."""
-        for name in ("transformer", "text_encoder"):
-            module[name].save_pretrained(folder / name)
-        self.tokenizer.save_pretrained(folder / "tokenizer")
+        """A pipeline folder in bfloat16, codec included: `streamgen render --model FOLDER`."""
+        pipe = self.pipeline(deepcopy(module))
+        for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
+            for parameter in part.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
+        pipe.save_pretrained(folder)
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 

@@ -23,6 +23,9 @@ from streamgen.engine import Engine
 from streamgen.errors import InputError
 from streamgen.hub import ModelConfig
 from streamgen.ladder import uniform_timesteps
+from streamgen.models.text import TextEncoder
+from streamgen.models.transformer import CausalWanTransformer3DModel
+from streamgen.models.vae import StreamingVAE
 from streamgen.noise import SeededNoise, TensorNoise
 from streamgen.session import STATE_VERSION, Spec, StreamSession
 
@@ -61,7 +64,10 @@ class StreamingVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _lora_loadable_modules = ["transformer"]
 
-    def __init__(self, tokenizer, text_encoder, transformer, vae) -> None:
+    # diffusers loads components of modules that are imported already, so their classes stand here
+    def __init__(
+        self, tokenizer, text_encoder: TextEncoder, transformer: CausalWanTransformer3DModel, vae: StreamingVAE
+    ) -> None:
         super().__init__()
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae)
         self.settings = ModelConfig()

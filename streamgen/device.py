@@ -43,3 +43,11 @@ def resolve_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name not in names:
         raise InputError(f"unknown dtype {name!r}: use bf16, fp16 or fp32")
     return names[name]
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where its matrix products are fast (accelerators, CPUs with AMX or AVX512-BF16), else float32."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32

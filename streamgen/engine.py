@@ -13,8 +13,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -124,6 +123,11 @@ class Engine:
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix products, latents going in and cached keys; a few small tables may be kept in float32."""
+        return getattr(self.transformer, "dtype", next(self.transformer.parameters()).dtype)
+
     def text(self, prompt_embeds: Tensor, negative_embeds: Tensor | None, batch: int, epoch: int) -> Text:
         """Embed a prompt for every branch once: [B or 1, L, D] (+ negative) -> keys all its chunks share."""
         embeds = prompt_embeds.expand(batch, -1, -1)
@@ -132,8 +136,7 @@ class Engine:
                 raise InputError(f"guidance.scale={self.config.guidance.scale} needs negative_prompt_embeds")
             pair = pad_rows([embeds, negative_embeds.expand(batch, -1, -1)])
             embeds = torch.cat(pair)
-        weight = next(self.transformer.parameters())
-        embeds = embeds.to(weight.device, weight.dtype)
+        embeds = embeds.to(self.device, self.dtype)
         return Text(embeds, self.transformer.text_keys(embeds), epoch)
 
     @property
@@ -192,8 +195,10 @@ class Engine:
         )
         pending = sorted((switches or {}).items())
         while not rollout.finished:
-            while pending and pending[0][0] <= rollout.next_frame:
-                rollout.switch(pending.pop(0)[1], self.config.switch.mode)
+            due = [text for frame, text in pending if frame <= rollout.next_frame]
+            if due:  # of several that fell into one chunk the newest counts
+                pending = pending[len(due) :]
+                rollout.switch(due[-1], self.config.switch.mode)
             yield rollout.advance()
 
     def fingerprint(self) -> str:
@@ -224,14 +229,18 @@ def pad_rows(texts: list[Tensor]) -> list[Tensor]:
     return [torch.nn.functional.pad(t, (0, 0, 0, most - t.shape[1])) for t in texts]
 
 
-@dataclass
 class Timings:
-    """Seconds spent per kind of call since the last chunk left."""
+    """Seconds spent per kind of call since they were last taken."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
 
     def add(self, name: str, begin: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def take(self) -> dict[str, float]:
+        taken, self.seconds = self.seconds, {}
+        return taken
 
 
 class Rollout:
@@ -262,7 +271,7 @@ class Rollout:
         self.timings = Timings()
         self.store = self._new_store()
         self._ticks: Iterator[Tick] | None = None
-        self._bound = lru_cache(maxsize=4)(self._bind)
+        self._plans: dict[tuple, tuple] = {}  # of the present chunk: all its steps share them
 
     # ------------------------------------------------------------------------------------------- state
     @property
@@ -300,11 +309,10 @@ class Rollout:
             heads=config.num_attention_heads,
             head_dim=config.attention_head_dim,
         )
-        weight = next(model.parameters())
         if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
             return GraphStore(geometry)
         most = max(self.engine.flight_frames, self._recache_frames())
-        return KVStore(geometry, self.policy.pages, most, weight.dtype, weight.device)
+        return KVStore(geometry, self.policy.pages, most, self.engine.dtype, self.engine.device)
 
     def _recache_frames(self) -> int:
         """Most frames a re-encoding call may hold."""
@@ -319,7 +327,6 @@ class Rollout:
         if self.finished:
             raise StopIteration("the stream is over")
         self.commit()
-        self.timings = Timings()
         if self._ticks is None:
             self._ticks = self.engine.schedule.ticks(self.engine.steps, self.num_chunks, self.next_chunk)
         for tick in self._ticks:
@@ -376,6 +383,7 @@ class Rollout:
         epoch = self.text.epoch + 1 if epoch is None else epoch
         self.text = self.engine.text(prompt_embeds, self.negative, self.batch, epoch)
         frames = self.policy.switch(mode)
+        self._plans = {}
         if frames is None:
             return
         x = torch.cat([latents for _, latents in self.past], 2)
@@ -415,7 +423,7 @@ class Rollout:
             flight = Flight(x.to(device), range(start, stop), self.text, self.engine.steps(chunk))
             self.pending.append((tick, clean_call((chunk,), self.engine.steps), flight))
         self._ticks = None
-        self._bound.cache_clear()
+        self._plans = {}
 
     def fork(self) -> Rollout:
         """An independent stream with the same past; what either does is unknown to the other."""
@@ -424,13 +432,12 @@ class Rollout:
         other.policy = build_policy(self.engine.config, self.engine.flight_frames, self.num_latent_frames)
         other.policy.load_state_dict(self.policy.state_dict())
         other.flight, other.pending, other.past = dict(self.flight), list(self.pending), list(self.past)
-        other._ticks = None
-        other._bound = lru_cache(maxsize=4)(other._bind)
+        other._ticks, other._plans, other.timings = None, {}, Timings()
         return other
 
     # ------------------------------------------------------------------------------------------- calls
-    def _bind(self, call: Call, row: Row, frames: tuple[range, ...], state: int):
-        """Plan and context of a call; `state` is part of the key because plans follow what is committed."""
+    def _bind(self, call: Call, row: Row, frames: tuple[range, ...]):
+        """Plan and context of a call."""
         plan = self.policy.plan(call, row, frames)
         return plan, self.store.bind(plan, self.engine.transformer.rope)
 
@@ -438,9 +445,9 @@ class Rollout:
         if self.engine.branches == 2:
             x = torch.cat([x, x])
             timestep = timestep.expand(len(x), -1) if timestep.shape[0] > 1 else timestep
-        dtype = next(self.engine.transformer.parameters()).dtype
+        x = x.to(self.engine.dtype)
         out = self.engine.transformer(
-            x.to(dtype), timestep, text_keys=text.keys, context=context, return_dict=False, commit_only=commit_only
+            x, timestep, text_keys=text.keys, context=context, return_dict=False, commit_only=commit_only
         )
         if commit_only:
             return None
@@ -469,11 +476,11 @@ class Rollout:
     def _context(self, call: Call, row: Row, frames: tuple[range, ...]):
         """Plans and their angles are shared by all steps of a chunk; training binds each forward anew."""
         if isinstance(self.store, GraphStore):
-            return self._bind(call, row, frames, 0)
-        slots = tuple(slot.chunk for slot in row.slots)
-        key = Row(tuple(type(s)(s.chunk, s.op, 0, 0) for s in row.slots), row.stream, row.lane)
-        call = Call(call.kind, (key,), call.source)
-        return self._bound(call, key, frames, hash((slots, *self.policy.state_dict().values())))
+            return self._bind(call, row, frames)
+        key = (call.kind, row.lane, frames)
+        if key not in self._plans:
+            self._plans[key] = self._bind(call, row, frames)
+        return self._plans[key]
 
     def _timestep(self, levels: list[float], frames: tuple[range, ...]) -> Tensor:
         """[1, F], or [1, 1] where all frames share one level (the transformer's fastest form)."""
@@ -485,7 +492,7 @@ class Rollout:
     def _clean(self, tick: int, call: Call, row: Row, x: Tensor, frames: list[range], text: Text) -> None:
         """Finished latents once more, for their keys and values; published only when the whole call is through."""
         begin = time.perf_counter()
-        plan, context = self._bind(call, row, tuple(frames), 0)
+        plan, context = self._bind(call, row, tuple(frames))
         if plan.writes:  # nobody would read it otherwise
             config = self.engine.config
             level = config.schedule.commit_level
@@ -496,6 +503,7 @@ class Rollout:
             self._forward(x, self._timestep([level], tuple(frames)), text, context, commit_only=True)
             self.store.publish(plan, *([context] if isinstance(self.store, GraphStore) else []))
         self.policy.commit([f for part in frames for f in part])
+        self._plans = {}  # they followed what was committed before
         self.timings.add("commit" if call.source == "flight" else "recache", begin)
 
     def _record(self, tick: int, call: Call, row: Row, frames: tuple[range, ...], levels: list[float], plan) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamgen.config import StreamConfig, available, config_root, load_preset, merge, suggest
-from streamgen.device import resolve_device, resolve_dtype
+from streamgen.device import default_dtype, resolve_device, resolve_dtype
 from streamgen.errors import InputError
 
 
@@ -54,13 +54,14 @@ def load(
         checkpoint: a .pt or .safetensors whose transformer replaces the folder's.
         preset: None = the model's own default.
         device: auto (cuda > mps > cpu), or a torch device.
-        dtype: None = float32 on the CPU, bfloat16 elsewhere; "bf16", "fp16", "fp32".
+        dtype: "bf16", "fp16" or "fp32"; None = bfloat16 where it is fast, else float32 (see `default_dtype`).
         overrides: dotlist over the configuration, e.g. ["cache.window=9"].
     Raises: InputError in one line for anything that is not there or does not fit.
     """
     from streamgen.pipelines.streaming import StreamingVideoPipeline
 
-    target, number = resolve_device(device), resolve_dtype(dtype)
+    target = resolve_device(device)
+    number = resolve_dtype(dtype) or default_dtype(target)
     folder = assets_root() / model if model in embedded_models() else Path(model)
     if not (folder / "model_index.json").is_file():
         known = embedded_models()
@@ -70,13 +71,21 @@ def load(
         )
     settings = model_config(model) if model in available("models") else ModelConfig()
     config = stream_config(preset or settings.preset, settings, overrides)  # before weights: typos fail at once
-    pipe = StreamingVideoPipeline.from_pretrained(folder)
+    pipe = StreamingVideoPipeline.from_pretrained(folder, **dtype_argument(number))
     pipe.settings, pipe.stream_config = settings, config
     if checkpoint is not None:
         from streamgen.models.loading import load_transformer
 
-        pipe.register_modules(transformer=load_transformer(checkpoint, dict(pipe.transformer.config)))
-    return pipe.to(target, number) if number else pipe.to(target)
+        other = load_transformer(checkpoint, dict(pipe.transformer.config))
+        pipe.register_modules(transformer=other.to(number).eval())
+    return pipe.to(target)
+
+
+def dtype_argument(dtype) -> dict:
+    """The keyword of `from_pretrained`: `dtype` in new releases of diffusers, `torch_dtype` in older ones."""
+    from diffusers.pipelines import pipeline_utils
+
+    return {"dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype": dtype}
 
 
 def stream_config(preset: str, settings: ModelConfig, overrides: Sequence[str] = ()) -> StreamConfig:

@@ -55,7 +55,7 @@ class Ladder:
         if not self.timesteps or len(levels) != len(self.timesteps) + 1:
             raise InputError("ladder.timesteps is empty: give at least one, e.g. [1000]")
         if any(a <= b for a, b in zip(levels, levels[1:], strict=False)) or levels[0] > 1 or levels[-1] != 0:
-            raise InputError(f"ladder.timesteps {list(self.timesteps)} must fall strictly, from 1000 at most to above 0")
+            raise InputError(f"ladder.timesteps {list(self.timesteps)} must fall strictly from 1000 or less to above 0")
 
     def __len__(self) -> int:
         return len(self.timesteps)

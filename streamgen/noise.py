@@ -46,7 +46,7 @@ class SeededNoise:
         last = PURPOSES[purpose] << 32 | self.candidate
         rows = []
         for key in self._keys(batch):
-            words = [word % 2**64 for word in key]
+            words = np.array([word % 2**64 for word in key], np.uint64)  # a list with a large seed would become floats
             for frame in frames:
                 # the lowest word counts the numbers drawn; the address fills the words above it
                 bits = np.random.Philox(key=words, counter=[0, frame, step, last])
@@ -95,4 +95,8 @@ class TensorNoise:
                 f"noise {purpose!r} has {len(table)} steps of {table.shape[3]} frames; step {step}, "
                 f"frames {frames.start}-{frames.stop - 1} asked for"
             )
-        return table[step][:, :, frames.start : frames.stop]
+        out = table[step][:, :, frames.start : frames.stop]
+        wanted = (*shape[:2], len(frames), *shape[2:])
+        if out.shape != wanted:
+            raise ValueError(f"noise {purpose!r} is {tuple(out.shape)}, [B, C, F, h, w] = {wanted} is needed here")
+        return out

@@ -199,7 +199,7 @@ class StreamSession:
         pixels = (pixels + 1) / 2
         if self.spec.num_frames is not None:
             pixels = pixels[:, :, : self.spec.num_frames - self.delivered]
-        timings = {**self._seconds, **self._rollout.timings.seconds, "decode": time.perf_counter() - begin}
+        timings = {**self._seconds, **self._rollout.timings.take(), "decode": time.perf_counter() - begin}
         self._seconds = {}
         self.delivered += pixels.shape[2]
         self.index += 1

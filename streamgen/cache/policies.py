@@ -132,10 +132,11 @@ class WindowPolicy:
             self.oldest = self.frames
         if mode != "recache" or not self.frames:
             return None
-        window = self.frames if self.options.window == -1 else self.options.window
-        first = max(self.base, self.oldest, self.frames - window)
         # the sink is re-encoded only while the whole stream fits the window; later it keeps its first prompt
-        return range(first if first == self.base else max(first, self.base + self.sink), self.frames)
+        window = self.options.window
+        whole = self.oldest <= self.base and (window == -1 or self.frames - self.base <= window)
+        first = self.base if whole else max(self.base + self.sink, self.oldest, self.frames - (window - self.sink))
+        return range(first, self.frames) if first < self.frames else None
 
     def state_dict(self) -> dict:
         return {"base": self.base, "frames": self.frames, "oldest": self.oldest}

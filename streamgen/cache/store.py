@@ -203,7 +203,7 @@ def _frames(x: Tensor, frames: Sequence[int], tokens: int) -> Tensor:
 
 
 def _token_bias(group: Group, store: KVStore, ordered: list[int], device) -> Tensor | None:
-    """[L] additive logits, or None when no segment asks for one."""
+    """[1, L] additive logits, or None when no segment asks for one."""
     if not any(s.log_bias for s in group.segments):
         return None
     bias = {}
@@ -211,7 +211,7 @@ def _token_bias(group: Group, store: KVStore, ordered: list[int], device) -> Ten
         offset = store.pages if segment.region == FLIGHT else 0
         bias.update({offset + page: segment.log_bias for page in segment.pages})
     per_page = torch.tensor([bias[page] for page in ordered], dtype=store.keys.dtype, device=device)
-    return per_page.repeat_interleave(store.geometry.tokens_per_frame)
+    return per_page.repeat_interleave(store.geometry.tokens_per_frame)[None]
 
 
 class GraphStore:
@@ -246,7 +246,10 @@ class GraphContext:
             raise ValueError("training reads one group per call")
         (group,) = plan.groups
         self.queries = rope.angles(list(group.query_positions), g.height, g.width)
-        self.keys = rope.angles(list(group.key_positions), g.height, g.width)
+        phases = [s.phase for s in group.segments for _ in s.pages]
+        self.keys = rope.angles(list(group.key_positions), g.height, g.width, phases if any(phases) else 0.0)
+        biases = [s.log_bias for s in group.segments for _ in s.pages]
+        self.bias = torch.tensor(biases).repeat_interleave(self.tokens)[None] if any(biases) else None
         self.past = [
             [layer[page] for s in _cached_segments(plan) for page in s.pages] for layer in store.layers
         ]
@@ -265,7 +268,8 @@ class GraphContext:
         values = torch.cat([*(v for _, v in self.past[layer]), value], 1)
         query = rotate(query, *(t.to(device) for t in self.queries))
         keys = rotate(keys, *(t.to(device) for t in self.keys))
-        return attend(query, keys, values)
+        mask = None if self.bias is None else self.bias.to(query)
+        return attend(query, keys, values, mask=mask)
 
     def stage(self, layer: int, key: Tensor, value: Tensor) -> None:
         if self.plan.writes:

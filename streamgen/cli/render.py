@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,8 @@ def _load(args: argparse.Namespace, job: Job):
         torch.set_num_threads(args.threads)
     with announced(f"loading {args.model}"):
         hush_libraries(args.verbose)
+        for name in ("text", "vae"):  # diffusers builds components of modules that are imported already, no others
+            import_module(f"streamgen.models.{name}")
         try:
             return hub.load(args.model, args.checkpoint, args.preset, args.device, args.dtype, job.overrides)
         except InputError:

@@ -352,7 +352,8 @@ def test_train_passes_its_options_on_and_prints_the_export(capsys, monkeypatch, 
 
 def test_train_lists_and_suggests_recipes(capsys):
     assert main(["train", "--list"]) == 0
-    assert all(name in capsys.readouterr().out for name in available("distill"))
+    out = capsys.readouterr().out
+    assert all(name in out for name in available("distill"))
     for argv, word in (
         (["sprites/va"], "did you mean 'sprites/vae'"),
         ([], "which recipe"),

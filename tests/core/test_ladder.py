@@ -106,7 +106,7 @@ def test_uniform_timesteps_make_a_ladder(steps):
         (dict(timesteps=[0]), "empty"),
         (dict(timesteps=[500, 1000]), "fall strictly"),
         (dict(timesteps=[1000, 1000]), "fall strictly"),
-        (dict(timesteps=[1001]), "at most 1000"),
+        (dict(timesteps=[1001]), "1000"),
         (dict(timesteps=[500, -1]), "above 0"),
         (dict(timesteps=[1000, 999.9], sigma="table", shift=5.0), "fall strictly"),
         (dict(timesteps=[1000], shift=0), "shift"),

@@ -71,13 +71,19 @@ def test_noise_does_not_touch_the_global_generators():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_large_and_negative_seeds_are_seeds_of_their_own():
+    seeds = [0, 1, -1, -2, 2**63, 2**63 + 1, 2**64 - 1025]
+    noises = [draw(SeededNoise(seed), range(1)) for seed in seeds]
+    assert len({tuple(noise.flatten().tolist()) for noise in noises}) == len(seeds)
+
+
 def test_wrong_number_of_seeds_is_refused():
     with pytest.raises(ValueError, match="2 seeds for a batch of 3"):
         draw(SeededNoise([1, 2]), range(1), 3)
 
 
 def test_tensor_noise_hands_out_what_it_was_given():
-    initial, renoise, context = torch.randn(1, *FRAME[:1], 6, 4, 3), torch.randn(3, 1, 2, 6, 4, 3), torch.randn(1, 1, 2, 6, 4, 3)
+    initial, renoise, context = (torch.randn(*steps, 1, 2, 6, 4, 3) for steps in ((), (3,), (1,)))
     noise = TensorNoise(initial, renoise, context=context)
     assert (noise.batch, noise.num_latent_frames, noise.latent_size) == (1, 6, (4, 3))
     assert torch.equal(draw(noise, range(3, 6)), initial[:, :, 3:])
