@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from streamgen.distill.data import ClipSpec, LatentClips, build_clips, tell, vocabulary
 from streamgen.evaluation.sprites import generate, measure, specified
-from streamgen.hub import assets_root, model_config, stream_config
+from streamgen.hub import assets_root
 from streamgen.media import save_image
 from streamgen.models.masks import block_causal_mask, teacher_forcing_mask
 from streamgen.models.text import TextEncoder, build_tokenizer
@@ -261,12 +261,10 @@ class FlowTrainer:
     # ------------------------------------------------------------------------------------------- results
     def pipeline(self, module: nn.ModuleDict) -> StreamingVideoPipeline:
         """The network as a user would stream it: codec, default preset, the model's overrides."""
-        pipe = StreamingVideoPipeline(
-            self.tokenizer, module["text_encoder"], module["transformer"], StreamingVAE.from_pretrained(self.codec)
+        codec = StreamingVAE.from_pretrained(self.codec)
+        return StreamingVideoPipeline(
+            self.tokenizer, module["text_encoder"], module["transformer"], codec, settings="sprites"
         )
-        pipe.settings = model_config("sprites")
-        pipe.stream_config = stream_config(pipe.settings.preset, pipe.settings)
-        return pipe
 
     def sample(self, module: nn.ModuleDict, path: Path) -> dict[str, float]:
         """Stream a few held-out prompts causally, ask the oracle, and draw one row of frames per prompt."""

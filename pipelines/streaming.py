@@ -18,10 +18,10 @@ from diffusers.utils import BaseOutput
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from streamgen.config import StreamConfig, load_preset
+from streamgen.config import StreamConfig
 from streamgen.engine import Engine
 from streamgen.errors import InputError
-from streamgen.hub import ModelConfig
+from streamgen.hub import model_config, stream_config
 from streamgen.ladder import uniform_timesteps
 from streamgen.models.text import TextEncoder
 from streamgen.models.transformer import CausalWanTransformer3DModel
@@ -66,12 +66,19 @@ class StreamingVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     # diffusers loads components of modules that are imported already, so their classes stand here
     def __init__(
-        self, tokenizer, text_encoder: TextEncoder, transformer: CausalWanTransformer3DModel, vae: StreamingVAE
+        self,
+        tokenizer,
+        text_encoder: TextEncoder,
+        transformer: CausalWanTransformer3DModel,
+        vae: StreamingVAE,
+        settings: str | None = None,
     ) -> None:
+        """`settings`: name of the file in `configs/models` that goes with these weights."""
         super().__init__()
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae)
-        self.settings = ModelConfig()
-        self.stream_config: StreamConfig = load_preset("default")
+        self.register_to_config(settings=settings)
+        self.settings = model_config(settings)
+        self.stream_config: StreamConfig = stream_config(self.settings.preset, self.settings)
 
     # ------------------------------------------------------------------------------------------- text
     @property

@@ -49,5 +49,6 @@ def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where its matrix products are fast (accelerators, CPUs with AMX or AVX512-BF16), else float32."""
     if device.type != "cpu":
         return torch.bfloat16
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # not in every torch
+    fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return torch.bfloat16 if fast else torch.float32

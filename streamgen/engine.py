@@ -329,14 +329,19 @@ class Rollout:
         self.commit()
         if self._ticks is None:
             self._ticks = self.engine.schedule.ticks(self.engine.steps, self.num_chunks, self.next_chunk)
-        for tick in self._ticks:
-            for op in tick.ops:
-                if op.kind is OpKind.BEGIN:
-                    self._begin(op.chunk)
-            for call in tick.calls:
-                self._denoise(tick.index, call)
-            if tick.emits:
-                return self._emit(tick)
+        self._plans = {}
+        try:
+            for tick in self._ticks:
+                for op in tick.ops:
+                    if op.kind is OpKind.BEGIN:
+                        self._begin(op.chunk)
+                for call in tick.calls:
+                    self._denoise(tick.index, call)
+                if tick.emits:
+                    return self._emit(tick)
+        except BaseException:  # out of memory, Ctrl-C: what was in flight begins anew at the next call
+            self._ticks, self.flight = None, {}
+            raise
         raise StopIteration("the schedule ended before the stream")
 
     def _begin(self, chunk: int) -> None:
@@ -379,6 +384,8 @@ class Rollout:
             mode: keep (text alone) | recache (recent frames are encoded again under the new text) | cut (recent
                 frames are dropped; the sink and the frame count stay). A reset is a new `Rollout`.
         """
+        if mode == "reset":
+            raise InputError("a reset begins a new stream: use keep, recache or cut here, or reset a session")
         self.commit()
         epoch = self.text.epoch + 1 if epoch is None else epoch
         self.text = self.engine.text(prompt_embeds, self.negative, self.batch, epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -34,9 +35,29 @@ def embedded_models() -> list[str]:
     return sorted(p.name for p in assets_root().iterdir() if (p / "model_index.json").is_file())
 
 
-def model_config(name: str) -> ModelConfig:
-    """The settings of a model known by name."""
+def model_config(name: str | None) -> ModelConfig:
+    """The settings of a model known by name; plain defaults for any other."""
+    if name not in available("models"):
+        return ModelConfig()
     return merge(ModelConfig, config_root() / "models" / f"{name}.yaml")
+
+
+def model_folder(model: str) -> Path:
+    """Where a model's pipeline lies. Raises InputError that names the embedded ones."""
+    known = embedded_models()
+    folder = assets_root() / model if model in known else Path(model)
+    if not (folder / "model_index.json").is_file():
+        raise InputError(
+            f"no model at {model!r}{suggest(model, known)}: give an embedded model ({', '.join(known) or 'none'}) "
+            "or a diffusers folder that holds model_index.json"
+        )
+    return folder
+
+
+def model_settings(model: str) -> ModelConfig:
+    """The settings that go with a model: its folder says which."""
+    index = json.loads((model_folder(model) / "model_index.json").read_text())
+    return model_config(index.get("settings"))
 
 
 def load(
@@ -62,17 +83,10 @@ def load(
 
     target = resolve_device(device)
     number = resolve_dtype(dtype) or default_dtype(target)
-    folder = assets_root() / model if model in embedded_models() else Path(model)
-    if not (folder / "model_index.json").is_file():
-        known = embedded_models()
-        raise InputError(
-            f"no model at {model!r}{suggest(model, known)}: give an embedded model ({', '.join(known) or 'none'}) "
-            "or a diffusers folder that holds model_index.json"
-        )
-    settings = model_config(model) if model in available("models") else ModelConfig()
+    folder, settings = model_folder(model), model_settings(model)
     config = stream_config(preset or settings.preset, settings, overrides)  # before weights: typos fail at once
     pipe = StreamingVideoPipeline.from_pretrained(folder, **dtype_argument(number))
-    pipe.settings, pipe.stream_config = settings, config
+    pipe.stream_config = config
     if checkpoint is not None:
         from streamgen.models.loading import load_transformer
 

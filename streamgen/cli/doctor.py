@@ -98,11 +98,9 @@ def _cpu_name() -> str:
 def _cpu_bf16() -> str:
     import torch
 
-    try:
-        fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):  # a build without oneDNN
-        return "without oneDNN: slow"
-    return "in hardware" if fast else "emulated: slow"
+    from streamgen.device import default_dtype
+
+    return "in hardware" if default_dtype(torch.device("cpu")) is torch.bfloat16 else "emulated: slow"
 
 
 def _models() -> dict[str, str]:

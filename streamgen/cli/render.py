@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def parser(prog: str, description: str) -> Parser:
     out.add_argument("--steps", type=whole(1), metavar="N", help="evenly spaced denoising steps, not the preset's")
     out.add_argument("--guidance-scale", type=number, metavar="X", help="1 = without guidance")
     out.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cpu, cuda, cuda:N, mps")
-    out.add_argument("--dtype", help="bf16, fp16 or fp32; if not given, as the weights are stored")
+    out.add_argument("--dtype", help="bf16, fp16 or fp32; if not given, bf16 where it is fast, else fp32")
     out.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads")
     out.add_argument(
         "-o", "--output", metavar="PATH", help=".mp4 .mkv .webm .gif, or a folder for PNG frames (named by the prompt)"
@@ -109,10 +108,9 @@ def _check_story(args: argparse.Namespace) -> None:
 def _configuration(args: argparse.Namespace, overrides: Sequence[str]):
     """(StreamConfig, ModelConfig), refused where they cannot run; no weights are read."""
     from streamgen import hub
-    from streamgen.config import available
     from streamgen.engine import Engine
 
-    settings = hub.model_config(args.model) if args.model in available("models") else hub.ModelConfig()
+    settings = hub.model_settings(args.model)
     try:
         config = hub.stream_config(args.preset or settings.preset, settings, overrides)
     except yaml.YAMLError as error:
@@ -191,8 +189,6 @@ def _load(args: argparse.Namespace, job: Job):
         torch.set_num_threads(args.threads)
     with announced(f"loading {args.model}"):
         hush_libraries(args.verbose)
-        for name in ("text", "vae"):  # diffusers builds components of modules that are imported already, no others
-            import_module(f"streamgen.models.{name}")
         try:
             return hub.load(args.model, args.checkpoint, args.preset, args.device, args.dtype, job.overrides)
         except InputError:

@@ -390,7 +390,6 @@ def test_recache_is_one_bidirectional_call_at_t0_under_the_new_prompt(tiny, mode
     assert call.frames == tuple(redone)
     assert call.key_frames == ((*kept, *redone),)  # one group: every query sees all of it
     page = rollout.policy.page
-    assert {f for f in range(12) if page(f) is not None and f in redone} <= set(call.writes) | set(range(3, 12))
     if kept:
         assert torch.equal(before[:, :, :3], rollout.store.keys[:, :, :3])
     # the values that the next chunk reads are those of a forward without any cache under the new prompt
@@ -560,13 +559,7 @@ def test_i15_a_long_stream_holds_no_more_than_a_short_one(tiny, overrides):
     assert all(chunks[0] < 10 for chunks in stream.signatures.values())  # nothing new ever comes
 
 
-def test_i15_thousands_of_chunks(tiny):
-    stream = endless(tiny, 2000)
-    assert stream.finite and len(stream.sizes) == 1 and stream.rollout.next_frame == 6000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", ["absolute", "packed"])
+@pytest.mark.parametrize("rule", ["packed", pytest.param("absolute", marks=pytest.mark.slow)])
 def test_i15_ten_thousand_chunks(tiny, rule):
     stream = endless(tiny, 10_000, f"positions.rule={rule}")
     assert stream.finite and len(stream.sizes) == 1 and stream.rollout.next_frame == 30_000
