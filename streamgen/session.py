@@ -134,6 +134,7 @@ class StreamSession:
         self._epochs = 0  # the last one given out
         self.prompt = spec.prompt
         self.index, self.delivered = 0, 0  # of the next chunk; pixel frames so far
+        self._computing = False  # the next chunk has begun: changes come too late for it
         self._decoder = None
         self._seconds: dict[str, float] = {}
         self._embeds = self._texts(self.prompt, spec.extra.get("prompt_embeds"))
@@ -189,9 +190,11 @@ class StreamSession:
         with self._compute, torch.no_grad():
             if self.finished:
                 raise StopIteration
-            self._apply()
-            latents = self._rollout.advance()
-            return self._deliver(latents)
+            try:
+                self._apply()
+                return self._deliver(self._rollout.advance())
+            finally:
+                self._computing = False
 
     def _deliver(self, chunk: LatentChunk) -> Chunk:
         begin = time.perf_counter()
@@ -202,7 +205,8 @@ class StreamSession:
         timings = {**self._seconds, **self._rollout.timings.take(), "decode": time.perf_counter() - begin}
         self._seconds = {}
         self.delivered += pixels.shape[2]
-        self.index += 1
+        with self._mail:
+            self.index, self._computing = self.index + 1, False
         prompt = self.prompt if isinstance(self.prompt, str) else tuple(self.prompt)
         return Chunk(pixels, chunk.latents, self.index - 1, chunk.epoch, prompt, timings)
 
@@ -227,6 +231,7 @@ class StreamSession:
             blend: chunks over which the text moves to the new one.
         Raises: InputError at once for what this stream cannot do.
         """
+        self._check_open()
         mode = mode or self.engine.config.switch.mode
         check_choice("mode", mode, SWITCH_MODES)
         if blend < 0:
@@ -243,7 +248,10 @@ class StreamSession:
             raise InputError("this stream keeps no latents to re-encode: start it with switch.mode=recache")
         with self._mail:
             self._epochs += 1
-            kept = self._request if prompt is None else None  # a change of something else keeps a pending prompt
+            pending = self._request
+            kept = pending if prompt is None else None  # a change of something else keeps a pending prompt
+            if guidance_scale is None and pending is not None:
+                guidance_scale = pending.guidance_scale
             self._request = Request(
                 epoch=self._epochs,
                 prompt=prompt if kept is None else kept.prompt,
@@ -251,12 +259,12 @@ class StreamSession:
                 blend=blend if kept is None else kept.blend,
                 guidance_scale=guidance_scale,
             )
-            return Change(self.index, self._epochs)
+            return Change(self.index + self._computing, self._epochs)
 
     def _apply(self) -> None:
         """Take the pending change, or the next step of a blend."""
         with self._mail:
-            request, self._request = self._request, None
+            request, self._request, self._computing = self._request, None, True
         if request is None:
             if self._blend:
                 self._step_blend(self._rollout.epoch)

@@ -1,4 +1,4 @@
-"""What the tests of engine, cache and session share: tiny models, addressed inputs, and a dense oracle without a cache."""
+"""What the tests of engine, cache and session share: tiny models, addressed inputs, a dense oracle without a cache."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _seen(chunk: int, size: int, window: int, sink: int, packed: bool) -> dict[i
 
 
 def _oracle_rollout(model, embeds, noise, ladder, chunks, size, window=-1, sink=0, packed=False):
-    """Latents of a roll-out in which every forward recomputes all frames from their latents: [clean … | noisy chunk]."""
+    """Latents of a roll-out whose every forward recomputes all frames from their latents: [clean … | noisy chunk]."""
     batch, channels, _, height, width = noise.initial.shape
     shape, grid = (batch, channels, height, width), (height // 2, width // 2)
     done: list[Tensor] = []

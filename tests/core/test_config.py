@@ -63,7 +63,9 @@ def test_bad_overrides_are_refused_in_one_line(overrides, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name, words", [("self-forceing", "did you mean 'self-forcing'"), ("../models/sprites", "unknown")])
+@pytest.mark.parametrize(
+    "name, words", [("self-forceing", "did you mean 'self-forcing'"), ("../models/sprites", "unknown")]
+)
 def test_unknown_presets_are_refused_with_the_choices(name, words):
     with pytest.raises(InputError, match="choose one of .*self-forcing") as caught:
         load_preset(name)

@@ -374,7 +374,8 @@ def test_the_chunk_owed_at_a_switch_is_committed_under_its_own_prompt(tiny, mode
 
 
 @pytest.mark.parametrize(
-    "done, redone, kept", [(1, range(3), []), (4, range(12), []), (5, range(6, 15), [0, 1, 2]), (9, range(18, 27), [0, 1, 2])]
+    "done, redone, kept",
+    [(1, range(3), []), (4, range(12), []), (5, range(6, 15), [0, 1, 2]), (9, range(18, 27), [0, 1, 2])],
 )
 def test_recache_is_one_bidirectional_call_at_t0_under_the_new_prompt(tiny, model, embeds, done, redone, kept):
     engine = Engine(model, tiny.config(*WINDOWED, "switch.mode=recache"))

@@ -1,0 +1,136 @@
+"""The recipes of the embedded model at toy size: what a batch holds, what a mask allows, and that losses fall."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from streamgen.config import available
+from streamgen.distill import recipes
+from streamgen.distill.data import LatentClips, tell, vocabulary
+from streamgen.distill.flow import FlowTask, FlowTrainer
+from streamgen.distill.vae import VAETask, VAETrainer
+from streamgen.errors import InputError
+from streamgen.models.text import build_tokenizer
+from streamgen.models.vae import StreamingVAE
+from streamgen.worlds.sprites import SpritesDataset, parse, split
+from streamgen.worlds.sprites.dataset import chunk_start
+
+
+@pytest.fixture
+def flow(monkeypatch) -> FlowTrainer:
+    config = FlowTask(batch=2, dim=24, heads=2, layers=1, ffn=32, text_dim=16, latent_channels=4, codec="unused")
+    task = FlowTrainer(config, torch.device("cpu"), autocast=False, compiled=False)
+    clips = object.__new__(LatentClips)
+    clips.latents = torch.randn(6, 4, 27, 4, 4, generator=torch.Generator().manual_seed(0)).half()
+    world, starts = SpritesDataset(6, chunks=9), {chunk_start(k, 3): k for k in range(9)}
+    clips.scenes = [[(starts[c.frame], c.scene) for c in world[i].scenes] for i in range(6)]
+    task._clips = clips
+    return task
+
+
+@pytest.mark.parametrize("pattern", ["clean", "start", "window", "matched", "whole"])
+def test_a_batch_is_what_its_pattern_says(flow, pattern):
+    flow.config.patterns = {pattern: 1.0}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        batch, prompts = flow.batch(np.random.default_rng(seed))
+        frames = batch.sequence.shape[2]
+        assert frames == {"clean": 42, "start": 3}.get(pattern, 21)
+        assert batch.mask.shape == (len(prompts), frames, frames) and batch.mask.any(-1).all()
+        noisy = batch.weight > 0
+        level = (batch.timestep / 1000)[:, None, :, None, None]
+        # x + (1 - σ)·v = ε and x - σ·v = x0: so x - σ·(ε - x0) is the clean clip wherever something is learnt
+        clean = batch.sequence - level * batch.target
+        where = noisy[:, None, :, None, None].expand_as(clean)
+        source = flow.clips.latents.float().flatten(2).std()
+        assert noisy.any() and (clean[where].std() / source - 1).abs() < 0.3
+        assert (batch.timestep[noisy] > 0).all()
+        if pattern == "clean":  # nothing noisy is ever a key for another chunk, nothing clean looks at noise
+            assert not batch.mask[:, :21, 21:].any()
+            assert (batch.positions[:, :21] == batch.positions[:, 21:]).all()
+            assert (batch.timestep[:, :21] <= flow.config.context_noise).all()
+        if pattern == "matched":
+            assert (batch.timestep == batch.timestep[:, :1]).all()
+        if pattern == "window":
+            steps = batch.timestep.diff(dim=1)
+            assert ((steps >= 0) | (batch.timestep[:, 1:] == 0)).all()
+
+
+def test_clean_history_target_matches_the_clip(flow):
+    flow.config.patterns, flow.config.gap = {"whole": 1.0}, 0.0
+    batch, _ = flow.batch(np.random.default_rng(3))
+    clean = batch.sequence - (batch.timestep / 1000)[:, None, :, None, None] * batch.target
+    candidates = flow.clips.latents.float().unfold(2, 21, 3).movedim(-1, 3).movedim(2, 1).flatten(0, 1)
+    for clip in clean:
+        assert (candidates - clip).abs().amax((1, 2, 3, 4)).min() < 1e-4
+
+
+def test_the_loss_falls_and_every_parameter_learns(flow):
+    flow.config.patterns = {"start": 0.5, "clean": 0.5}
+    optimizer = torch.optim.Adam(flow.module.parameters(), 1e-2)
+    losses = []
+    for step in range(24):
+        torch.manual_seed(step)
+        loss, _ = flow.loss(step, np.random.default_rng(step % 4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+    # the zero head lets nothing through at first; now everything has a gradient
+    silent = [name for name, p in flow.module.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert silent == []
+
+
+def test_prompts_of_a_step_are_on_the_training_side_and_say_what_changes():
+    rng = np.random.default_rng(0)
+    world = SpritesDataset(40)
+    for index in range(40):
+        scenes = [change.scene for change in world[index].scenes]
+        prompts = tell(scenes, rng)
+        assert all(split(prompt) == "train" for prompt in prompts)
+        assert len(set(map(parse, prompts))) == len(set(scenes))
+
+
+def test_every_word_of_the_world_has_a_token():
+    tokenizer = build_tokenizer(vocabulary(), 32)
+    rng = np.random.default_rng(1)
+    world = SpritesDataset(60, chunks=1)
+    from streamgen.worlds.sprites import describe
+
+    for index in range(60):
+        ids = tokenizer(describe(world[index].scenes[0].scene, rng, 0.9))["input_ids"]
+        assert tokenizer.unk_token_id not in ids and ids[-1] == tokenizer.eos_token_id and len(ids) <= 32
+    assert tokenizer("a zebra")["input_ids"][1] == tokenizer.unk_token_id
+
+
+def test_the_codec_recipe_learns(tmp_path):
+    task = VAETrainer(VAETask(latent_channels=4, batch=2, latent_frames=2, crop=32, crop_until=10**9),
+                      torch.device("cpu"), autocast=False)  # fmt: skip
+    task.module = StreamingVAE(latent_channels=4, widths=(8, 8, 8))
+    optimizer = torch.optim.Adam(task.module.parameters(), 3e-3)
+    losses = []
+    for step in range(30):
+        torch.manual_seed(step)
+        loss, _ = task.loss(step, np.random.default_rng(step % 3))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    task.export(task.module, tmp_path, {"recipe": "toy"})
+    again = StreamingVAE.from_pretrained(tmp_path)
+    with torch.no_grad():
+        latents, _ = again.encode(task.batch(0, np.random.default_rng(5)))
+    assert 0.5 < latents.std() < 2 and json.loads((tmp_path / "manifest.json").read_text())
+
+
+def test_every_recipe_loads_and_typos_do_not():
+    for name in available("distill"):
+        assert recipes.load_recipe(name).train.recipe == name
+    with pytest.raises(InputError, match="did you mean 'train.steps'"):
+        recipes.load_recipe("sprites/vae", ["train.stepz=3"])
+    with pytest.raises(InputError, match="sprites/vae"):
+        recipes.load_recipe("sprites/vea")
