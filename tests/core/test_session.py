@@ -250,17 +250,17 @@ def test_prompts_from_another_thread_take_effect_where_they_were_announced(pipe)
             changes.append((session.set_prompt(prompt, mode="keep"), prompt))
             stop.wait(0.002)
 
-    thread = threading.Thread(target=steer)
+    thread, chunks = threading.Thread(target=steer), []
     thread.start()
-    chunks = take(session, 12)
+    while len(chunks) < 12 or len({change.chunk for change, _ in changes}) < 3:  # until several had their turn
+        chunks.append(session.next())
     stop.set()
     thread.join()
-    assert len(changes) > 3
     assert [change.epoch for change, _ in changes] == list(range(1, len(changes) + 1))
     for chunk in chunks:
         due = [(change.epoch, prompt) for change, prompt in changes if change.chunk <= chunk.index]
         assert (chunk.epoch, chunk.prompt) == (due[-1] if due else (0, RED))
-    assert [chunk.index for chunk in chunks] == list(range(12))
+    assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
 
 
 def test_many_threads_draw_one_stream(pipe):
@@ -376,7 +376,7 @@ def test_a_paused_stream_waits(pipe):
         session.next(timeout=0.01)
     timer = threading.Timer(0.05, session.play)
     timer.start()
-    assert session.next(timeout=10).index == 1
+    assert session.next(timeout=120).index == 1
     timer.join()
     assert torch.equal(session.next().latents, take(pipe.stream(RED), 3)[2].latents)  # a pause leaves no trace
 
@@ -388,7 +388,7 @@ def test_closing_ends_the_iteration_and_frees_waiting_callers(pipe):
     thread = threading.Thread(target=lambda: ended.append(list(session)))
     thread.start()
     session.close()
-    thread.join(10)
+    thread.join(120)
     assert ended == [[]]
     assert list(session) == [] and session.finished
     session.close()  # twice does no harm
