@@ -56,9 +56,13 @@ def underspecified(count: int, side: str = "val", seed: int = 1) -> Suite:
 
 
 def colour_switches(count: int, side: str = "val", seed: int = 1) -> tuple[Suite, Suite]:
-    """Two suites: scenes, and the same scenes with the first actor in another colour."""
+    """Two suites: scenes whose actor never leaves the picture, and the same scenes in another colour."""
     rng = np.random.default_rng([seed, 3])
-    before = [sample_scene(rng, side, 0.0) for _ in range(count)]
+    before: list[Scene] = []
+    while len(before) < count:
+        scene = sample_scene(rng, side, 0.0)
+        if not scene.actors[0].motion.startswith("moving"):
+            before.append(scene)
     after = []
     for scene in before:
         (actor,) = scene.actors
