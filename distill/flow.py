@@ -282,5 +282,11 @@ class FlowTrainer:
             for parameter in part.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
         pipe.save_pretrained(folder)
+        for path in (folder / "model_index.json", folder / "tokenizer" / "tokenizer_config.json"):
+            # the class's name in every release of transformers, not in the newest alone
+            path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+        origin = Path(self.codec) / "manifest.json"
+        if origin.is_file():
+            (folder / "vae" / "manifest.json").write_text(origin.read_text())
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 

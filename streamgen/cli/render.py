@@ -89,8 +89,9 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     """The tail, and the options that are short for a part of it."""
     out = check_overrides(args.overrides, FORGOTTEN)
     if args.steps is not None:
-        levels = [1000 * (1 - i / args.steps) for i in range(args.steps)]
-        out += [f"ladder.timesteps={levels}", "ladder.warp=true"]
+        from streamgen.ladder import uniform_timesteps
+
+        out += [f"ladder.timesteps={uniform_timesteps(args.steps)}", "ladder.warp=true"]
     if args.guidance_scale is not None:
         out.append(f"guidance.scale={args.guidance_scale}")
     return out

@@ -385,7 +385,7 @@ def test_closing_ends_the_iteration_and_frees_waiting_callers(pipe):
     session, ended = pipe.stream(RED), []
     take(session, 1)
     session.pause()
-    thread = threading.Thread(target=lambda: ended.append(list(session)))
+    thread = threading.Thread(target=lambda: ended.append(list(session)), daemon=True)
     thread.start()
     session.close()
     thread.join(120)
