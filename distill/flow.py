@@ -263,7 +263,7 @@ class FlowTrainer:
         """The network as a user would stream it: codec, default preset, the model's overrides."""
         codec = StreamingVAE.from_pretrained(self.codec)
         return StreamingVideoPipeline(
-            self.tokenizer, module["text_encoder"], module["transformer"], codec, settings="sprites"
+            self.tokenizer, module["text_encoder"], module["transformer"], codec, model_name="sprites"
         )
 
     def sample(self, module: nn.ModuleDict, path: Path) -> dict[str, float]:

@@ -71,13 +71,13 @@ class StreamingVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         text_encoder: TextEncoder,
         transformer: CausalWanTransformer3DModel,
         vae: StreamingVAE,
-        settings: str | None = None,
+        model_name: str | None = None,
     ) -> None:
-        """`settings`: name of the file in `configs/models` that goes with these weights."""
+        """`model_name`: of the file in `configs/models` that goes with these weights."""
         super().__init__()
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae)
-        self.register_to_config(settings=settings)
-        self.settings = model_config(settings)
+        self.register_to_config(model_name=model_name)
+        self.settings = model_config(model_name)
         self.stream_config: StreamConfig = stream_config(self.settings.preset, self.settings)
 
     # ------------------------------------------------------------------------------------------- text

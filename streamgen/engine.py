@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
@@ -26,6 +27,8 @@ from streamgen.errors import InputError
 from streamgen.ladder import Ladder, build_ladder
 from streamgen.noise import Noise, TensorNoise
 from streamgen.schedules import SCHEDULES, Call, OpKind, Row, Tick, clean_call
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,9 @@ class Engine:
         self.records: list[CallRecord] = []
         self.tracing = False
         build_policy(config, self.flight_frames, config.chunk.latent_frames)  # refuses bad sizes at once
+        roomy = config.cache.sink + 2 * self.flight_frames
+        if config.cache.policy == "window" and 0 < config.cache.window < roomy:
+            log.warning("cache.window=%d leaves little memory: %d or more is advised", config.cache.window, roomy)
 
     def _build_ladder(self) -> Ladder:
         ladder = self.config.ladder

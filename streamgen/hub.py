@@ -57,7 +57,7 @@ def model_folder(model: str) -> Path:
 def model_settings(model: str) -> ModelConfig:
     """The settings that go with a model: its folder says which."""
     index = json.loads((model_folder(model) / "model_index.json").read_text())
-    return model_config(index.get("settings"))
+    return model_config(index.get("model_name"))
 
 
 def load(

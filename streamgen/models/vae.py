@@ -113,6 +113,11 @@ class StreamingVAE(ModelMixin, ConfigMixin):
             self.encoder[-1].bias[latent_channels:] = -5.0  # start almost deterministic
         self.to(memory_format=torch.channels_last)
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> StreamingVAE:
+        """As in diffusers; loading forgets the memory format, which is worth a fifth of the decoding time."""
+        return super().from_pretrained(*args, **kwargs).to(memory_format=torch.channels_last)
+
     @property
     def spatial_ratio(self) -> int:
         """Pixels per latent, per side."""

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from streamgen.models.blocks import gelu
 from streamgen.models.loading import load_transformer
@@ -19,7 +21,7 @@ TINY = dict(
     num_layers=2,
 )  # fmt: skip
 FP32 = dict(atol=1e-5, rtol=1e-4)  # a few hundred float32 roundings of values around 1
-GOLDEN = Path("/work/shared/golden/self_forcing_full.safetensors")
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def make(seed: int = 0, **changes) -> CausalWanTransformer3DModel:
@@ -68,14 +70,11 @@ def test_our_folder_loads_in_diffusers_with_equal_outputs(tmp_path):
     torch.testing.assert_close(ours(latents, timestep, text).sample, theirs(latents, timestep, text).sample, **FP32)
 
 
-@pytest.mark.skipif(not GOLDEN.is_file(), reason="the golden files are not on this machine")
 def test_first_chunk_equals_self_forcing():
-    from safetensors import safe_open
-
-    with safe_open(GOLDEN, "pt") as file:
+    with safe_open(GOLDEN / "self_forcing_full.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
         noise, text, velocity = (file.get_tensor(f"io.{name}") for name in ("noise", "context", "first_velocity"))
-        state = {name: file.get_tensor(name) for name in file.keys() if name.startswith("model.")}
+    state = load_file(GOLDEN / "self_forcing_weights.safetensors")
     model = load_transformer(state, config=config)
     out = model(noise[:, :3].transpose(1, 2), torch.full((1, 3), 1000.0), text).sample
     # golden files are frames-first; 2e-5 is their tolerance: it catches a wrong norm epsilon

@@ -1,6 +1,6 @@
 """Make the files of this folder from the originals: shared weights once, and only the tensors that tests read.
 
-    python tests/golden/slim.py /work/shared/golden
+    python tests/golden/slim.py FOLDER
 
 The originals (about 35 MB, see README.md here) are needed only to run this again; the tests read what it wrote.
 """
