@@ -130,7 +130,7 @@ def main() -> None:
     report = {
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "versions": {"torch": torch.__version__, "streamgen": streamgen.__version__},
-        "setting": {**vars(args), "dtype": str(next(pipe.transformer.parameters()).dtype)},
+        "setting": {**vars(args), "dtype": str(pipe.transformer.dtype)},
         "import_seconds_beyond_torch": round(import_seconds(), 2),
         "load_seconds": round(loaded, 2),
         "first_frame_seconds": round(first_frame(pipe, args.prompt, options), 3),
