@@ -48,6 +48,11 @@ def vocabulary() -> list[str]:
     return sorted({word for phrase in phrases for word in phrase.replace("-", " - ").split()})
 
 
+def to_pixels(clips: np.ndarray) -> Tensor:
+    """uint8 [B, F, H, W, 3] -> [B, 3, F, H, W] in [-1, 1]."""
+    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
 @dataclass(frozen=True)
 class ClipSpec:
     """What a set of latent clips is made from; its fields name the file."""
@@ -66,7 +71,7 @@ def _encode_shard(spec: ClipSpec, shard: int) -> tuple[Tensor, list]:
     latents, scenes = [], []
     for index in range(shard * SHARD, min(spec.clips, (shard + 1) * SHARD)):
         clip = world[index]
-        pixels = torch.from_numpy(clip.frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        pixels = to_pixels(clip.frames[None])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latents.append(codec.encode(pixels)[0][0].half())
         scenes.append([[c.frame, c.cut, asdict(c.scene)] for c in clip.scenes])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from streamgen.distill.data import ClipSpec, LatentClips, build_clips, tell, vocabulary
 from streamgen.evaluation.sprites import generate, measure, specified
 from streamgen.hub import assets_root
+from streamgen.ladder import TRAIN_STEPS, warp_timesteps
 from streamgen.media import save_image
 from streamgen.models.masks import block_causal_mask, teacher_forcing_mask
 from streamgen.models.text import TextEncoder, build_tokenizer
@@ -87,10 +88,6 @@ PATTERNS = {
     "matched": Pattern(2),
     "whole": Pattern(2),
 }
-
-
-def warp(u: Tensor, shift: float) -> Tensor:
-    return shift * u / (1 + (shift - 1) * u)
 
 
 class FlowTrainer:
@@ -222,7 +219,8 @@ class FlowTrainer:
         teach = torch.from_numpy(np.stack([d[3] for d in drawn]))
         levels = self._levels(pattern, rng, count, chunks)
         teach = teach * torch.from_numpy(np.repeat(np.nan_to_num(levels) > 0, n, 1)).float()
-        level = warp(torch.from_numpy(np.repeat(np.nan_to_num(levels), n, 1)).float(), config.shift)
+        raw = torch.from_numpy(np.repeat(np.nan_to_num(levels), n, 1)).float()
+        level = warp_timesteps(TRAIN_STEPS * raw, config.shift) / TRAIN_STEPS
         noise = torch.randn(clean.shape)
         noisy = torch.lerp(clean, noise, level[:, None, :, None, None])
         target = noise - clean

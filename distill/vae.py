@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamgen.distill.data import to_pixels
 from streamgen.media import save_image
 from streamgen.models.vae import TIME, StreamingVAE
 from streamgen.worlds.sprites.language import Change, Timeline, change_scene, sample_scene
@@ -97,11 +98,6 @@ class VAETrainer:
         )
         module.save_pretrained(folder)
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-
-
-def to_pixels(clips: np.ndarray) -> Tensor:
-    """uint8 [B, F, H, W, 3] -> [B, 3, F, H, W] in [-1, 1]."""
-    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def psnr(error: Tensor) -> float:

@@ -457,7 +457,6 @@ class Rollout:
     def _forward(self, x: Tensor, timestep: Tensor, text: Text, context, commit_only: bool = False):
         if self.engine.branches == 2:
             x = torch.cat([x, x])
-            timestep = timestep.expand(len(x), -1) if timestep.shape[0] > 1 else timestep
         x = x.to(self.engine.dtype)
         out = self.engine.transformer(
             x, timestep, text_keys=text.keys, context=context, return_dict=False, commit_only=commit_only

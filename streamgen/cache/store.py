@@ -170,21 +170,27 @@ class _BoundGroup:
             self.index = torch.tensor(ordered, device=device)
         self.bias = _token_bias(group, store, ordered, device)
         self.whole = list(group.query_frames) == list(range(len(group.query_frames)))
+        # tentative pages of the group's own keys: a slice where they lie side by side
+        self.own_run = None
+        if _contiguous(self.own):
+            self.own_run = slice(store.pages + self.own[0], store.pages + self.own[-1] + 1)
+        self.own_first = self.own == list(range(len(self.own)))
 
     def attend(self, layer: int, query: Tensor, key: Tensor) -> Tensor:
         """Queries and keys of the whole call, raw; values are staged already."""
         store, tokens = self.store, self.store.geometry.tokens_per_frame
         if not (self.whole and query.shape[1] == len(self.group.query_frames) * tokens):
             query = _frames(query, self.group.query_frames, tokens)
-        own = key if self.own == list(range(key.shape[1] // tokens)) else _frames(key, self.own, tokens)
+        own = key if self.own_first and key.shape[1] == len(self.own) * tokens else _frames(key, self.own, tokens)
         query = rotate(query, self.cos, self.sin)
         own = rotate(own, *((self.cos, self.sin) if self.same else (self.key_cos, self.key_sin)))
         rotated = store.layer_rotated[layer]
-        for i, frame in enumerate(self.own) if not _contiguous(self.own) else ():
-            rotated[:, store.pages + frame] = own.unflatten(1, (-1, tokens))[:, i]
-        if _contiguous(self.own):
-            first = store.pages + self.own[0]
-            rotated[:, first : first + len(self.own)] = own.unflatten(1, (-1, tokens))
+        own = own.unflatten(1, (-1, tokens))
+        if self.own_run:
+            rotated[:, self.own_run] = own
+        else:
+            for i, frame in enumerate(self.own):
+                rotated[:, store.pages + frame] = own[:, i]
         return attend(query, self._read(rotated), self._read(store.layer_values[layer]), mask=self.bias)
 
     def _read(self, layer: Tensor) -> Tensor:
