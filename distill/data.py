@@ -99,12 +99,17 @@ def _scene(record: dict) -> Scene:
 class LatentClips:
     """Latent clips in memory with their scenes: latents float16 [N, C, F, h, w]."""
 
-    def __init__(self, path: Path, chunk_frames: int) -> None:
+    def __init__(self, latents: Tensor, scenes: list[list[tuple[int, Scene]]], chunk_frames: int) -> None:
+        """`scenes`: per clip, each scene with the pixel frame it begins at."""
+        self.latents, self.chunks = latents, latents.shape[2] // chunk_frames
+        starts = {chunk_start(k, chunk_frames): k for k in range(self.chunks)}
+        self.scenes = [[(starts[frame], scene) for frame, scene in clip] for clip in scenes]
+
+    @classmethod
+    def load(cls, path: Path, chunk_frames: int) -> LatentClips:
         with safe_open(path, "pt") as file:
-            self.latents = file.get_tensor("latents")
-            told = json.loads(file.metadata()["scenes"])
-        starts = {chunk_start(k, chunk_frames): k for k in range(self.latents.shape[2])}
-        self.scenes = [[(starts[frame], _scene(scene)) for frame, _, scene in clip] for clip in told]
+            latents, told = file.get_tensor("latents"), json.loads(file.metadata()["scenes"])
+        return cls(latents, [[(frame, _scene(scene)) for frame, _, scene in clip] for clip in told], chunk_frames)
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -38,6 +38,7 @@ class FlowTask:
     codec: str = "assets"  # a folder, or the package's own
     init: str | None = None  # folder with `transformer` and `text_encoder` to start from
     clips: int = 4800
+    first_chunks: int = 19200  # clips of one chunk: a first chunk costs a ninth of a clip and is what the text decides
     clip_chunks: int = 9
     chunks: int = 7
     chunk_frames: int = 3
@@ -115,12 +116,14 @@ class FlowTrainer:
             }
         ).to(device)
         self.module["transformer"].reset_parameters()
+        if device.type == "cpu":  # two to ten times SDPA's backward at these lengths
+            self.module["transformer"].set_attention_backend("math")
         if config.init:
             self._start_from(Path(config.init))
         self.transformer: Callable = self.module["transformer"]
         if compiled:
             self.transformer = torch.compile(self.module["transformer"], dynamic=False)
-        self._clips: LatentClips | None = None
+        self._clips: dict[ClipSpec, LatentClips] = {}
 
     def _start_from(self, folder: Path) -> None:
         self.module["transformer"].load_state_dict(
@@ -130,15 +133,19 @@ class FlowTrainer:
             TextEncoder.from_pretrained(folder / "text_encoder").state_dict()
         )
 
-    @property
-    def clips(self) -> LatentClips:
-        if self._clips is None:
-            spec = ClipSpec(self.codec, self.config.clips, self.config.clip_chunks, self.config.chunk_frames)
+    def clips(self, chunks: int) -> LatentClips:
+        """Clips to cut `chunks` chunks from; rendered and encoded at first use, kept on disk."""
+        config = self.config
+        if chunks == 1:
+            spec = ClipSpec(self.codec, config.first_chunks, 1, config.chunk_frames, seed=1)
+        else:
+            spec = ClipSpec(self.codec, config.clips, config.clip_chunks, config.chunk_frames)
+        if spec not in self._clips:
             path = Path("runs/sprites/clips") / f"{spec.clips}x{spec.chunks}-seed{spec.seed}.safetensors"
             if not path.exists():
                 build_clips(spec, path)
-            self._clips = LatentClips(path, self.config.chunk_frames)
-        return self._clips
+            self._clips[spec] = LatentClips.load(path, config.chunk_frames)
+        return self._clips[spec]
 
     # ------------------------------------------------------------------------------------------- text
     def embed(self, prompts: list[str], rng: np.random.Generator | None = None) -> Tensor:
@@ -160,22 +167,23 @@ class FlowTrainer:
     # ------------------------------------------------------------------------------------------- batches
     def _clip(self, rng: np.random.Generator, count: int) -> tuple[Tensor, np.ndarray, list[str], np.ndarray]:
         """`count` chunks: latents [C, F, h, w], prompt index per frame, prompts, and which frames teach."""
-        config, n = self.config, self.config.chunk_frames
-        index = int(rng.integers(len(self.clips)))
-        spare = config.clip_chunks - config.chunks
+        config, n, clips = self.config, self.config.chunk_frames, self.clips(count)
+        index = int(rng.integers(len(clips)))
+        spare = clips.chunks - count
         gap = int(rng.integers(1, spare + 1)) if spare and rng.random() < config.gap else 0
-        first = int(rng.integers(0, spare - gap + 1)) if rng.random() < 0.4 else 0
+        first = int(rng.integers(0, spare - gap + 1)) if spare and rng.random() < 0.4 else 0
         chunks = np.arange(count) + first
         chunks[1:] += gap
         frames = (chunks[:, None] * n + np.arange(n)).ravel()
         teach = np.ones(len(frames), np.float32)
+        teach[:n] = 0.0 if first else 1.0  # a clip's first latent holds one frame, the others four
         teach[n : 2 * n] = 0.0 if gap else 1.0
-        starts = [start for start, _ in self.clips.scenes[index]]
+        starts = [start for start, _ in clips.scenes[index]]
         which = np.repeat(np.searchsorted(starts, chunks, side="right") - 1, n)
-        prompts = tell([scene for _, scene in self.clips.scenes[index]], rng)
+        prompts = tell([scene for _, scene in clips.scenes[index]], rng)
         if rng.random() < config.prompt_dropout:
             prompts = [""] * len(prompts)
-        return self.clips.latents[index][:, frames].float(), which, prompts, teach
+        return clips.latents[index][:, frames].float(), which, prompts, teach
 
     def _levels(self, pattern: str, rng: np.random.Generator, count: int, chunks: int) -> np.ndarray:
         """Noise level per chunk of `count` clips, [B, K] in 0..1 (0 = history)."""
@@ -240,7 +248,7 @@ class FlowTrainer:
 
     def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         batch, prompts = self.batch(rng)
-        most = max(2, max(map(len, prompts)))  # two texts always: one shape for the compiler
+        most = 1 if batch.target.shape[2] == self.config.chunk_frames else 2  # a clip changes once; one shape each
         flat = [text for texts in prompts for text in texts + [texts[-1]] * (most - len(texts))]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             text = self.embed(flat, rng).unflatten(0, (-1, most))  # [B, P, L, D]

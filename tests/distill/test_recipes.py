@@ -15,19 +15,22 @@ from streamgen.errors import InputError
 from streamgen.models.text import build_tokenizer
 from streamgen.models.vae import StreamingVAE
 from streamgen.worlds.sprites import SpritesDataset, parse, split
-from streamgen.worlds.sprites.dataset import chunk_start
 
 
 @pytest.fixture
 def flow(monkeypatch) -> FlowTrainer:
     config = FlowTask(batch=2, dim=24, heads=2, layers=1, ffn=32, text_dim=16, latent_channels=4, codec="unused")
     task = FlowTrainer(config, torch.device("cpu"), autocast=False, compiled=False)
-    clips = object.__new__(LatentClips)
-    clips.latents = torch.randn(6, 4, 27, 4, 4, generator=torch.Generator().manual_seed(0)).half()
-    world, starts = SpritesDataset(6, chunks=9), {chunk_start(k, 3): k for k in range(9)}
-    clips.scenes = [[(starts[c.frame], c.scene) for c in world[i].scenes] for i in range(6)]
-    task._clips = clips
+    sets = {chunks: random_clips(chunks) for chunks in (1, 9)}
+    monkeypatch.setattr(task, "clips", lambda chunks: sets[1 if chunks == 1 else 9])
     return task
+
+
+def random_clips(chunks: int) -> LatentClips:
+    """Six clips of noise, each with the scenes of a real one."""
+    latents = torch.randn(6, 4, 3 * chunks, 4, 4, generator=torch.Generator().manual_seed(chunks)).half()
+    world = SpritesDataset(6, chunks)
+    return LatentClips(latents, [[(c.frame, c.scene) for c in world[i].scenes] for i in range(6)], 3)
 
 
 @pytest.mark.parametrize("pattern", ["clean", "start", "window", "matched", "whole"])
@@ -44,7 +47,7 @@ def test_a_batch_is_what_its_pattern_says(flow, pattern):
         # x + (1 - σ)·v = ε and x - σ·v = x0: so x - σ·(ε - x0) is the clean clip wherever something is learnt
         clean = batch.sequence - level * batch.target
         where = noisy[:, None, :, None, None].expand_as(clean)
-        source = flow.clips.latents.float().flatten(2).std()
+        source = flow.clips(7).latents.float().flatten(2).std()
         assert noisy.any() and (clean[where].std() / source - 1).abs() < 0.3
         assert (batch.timestep[noisy] > 0).all()
         if pattern == "clean":  # nothing noisy is ever a key for another chunk, nothing clean looks at noise
@@ -62,7 +65,7 @@ def test_clean_history_target_matches_the_clip(flow):
     flow.config.patterns, flow.config.gap = {"whole": 1.0}, 0.0
     batch, _ = flow.batch(np.random.default_rng(3))
     clean = batch.sequence - (batch.timestep / 1000)[:, None, :, None, None] * batch.target
-    candidates = flow.clips.latents.float().unfold(2, 21, 3).movedim(-1, 3).movedim(2, 1).flatten(0, 1)
+    candidates = flow.clips(7).latents.float().unfold(2, 21, 3).movedim(-1, 3).movedim(2, 1).flatten(0, 1)
     for clip in clean:
         assert (candidates - clip).abs().amax((1, 2, 3, 4)).min() < 1e-4
 

@@ -34,7 +34,7 @@ def test_native_is_softmax_attention(masked, scale):
 
 def test_unknown_backend_lists_the_choices():
     x = heads(1, 2, 1, 8)
-    with pytest.raises(ValueError, match="native, xformers, flex"):
+    with pytest.raises(ValueError, match="native, math, xformers, flex"):
         attend(x, x, x, backend="nativ")
 
 
@@ -43,6 +43,17 @@ def test_available_says_why_not_in_one_line():
     assert list(answers) == list(BACKENDS)
     assert answers["native"] is None
     assert all(reason is None or (reason and "\n" not in reason) for reason in answers.values())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_in_memory_match_the_reference_gradients_too(masked):
+    mask = torch.ones(37, 37, dtype=torch.bool).tril() if masked else None
+    results = []
+    for name in ("native", "math"):
+        query, key, value = (heads(2, 37, 3, 8, seed=seed).requires_grad_() for seed in range(3))
+        out = attend(query, key, value, mask=mask, scale=0.3, backend=name)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
+    torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("name", ["xformers", "flex"])
@@ -54,7 +65,7 @@ def test_cuda_backends_are_refused_without_cuda(name):
         attend(x, x, x, backend=name)
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "native"])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name not in ("native", "math")])
 @pytest.mark.parametrize("masked", [False, True])
 def test_backend_matches_reference(name, masked):
     reason = available()[name]
