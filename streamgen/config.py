@@ -152,6 +152,13 @@ class GuidanceConfig:
 
 
 @dataclass
+class ExpertsConfig:
+    """Models of two transformers (Wan2.2-A14B): the second one works at timesteps below `boundary`, 0 to 1000."""
+
+    boundary: float | None = None
+
+
+@dataclass
 class StreamConfig:
     """Everything that tells one published system from another: schedule × cache policy × ladder."""
 
@@ -164,6 +171,7 @@ class StreamConfig:
     positions: PositionsConfig = field(default_factory=PositionsConfig)
     switch: SwitchConfig = field(default_factory=SwitchConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
     def __post_init__(self) -> None:
         if self.chunk.latent_frames < 1:

@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class UnavailableError(InputError):
     """What was asked for is not on this machine (a device, a back-end); the command line exits with 3."""
+
+
+class BrokenStreamError(RuntimeError):
+    """The model produced what is no picture; nothing of it was delivered. The command line exits with 1."""

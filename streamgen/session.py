@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from streamgen.config import SWITCH_MODES, check_choice
 from streamgen.engine import Engine, LatentChunk, pad_rows
-from streamgen.errors import InputError
+from streamgen.errors import BrokenStreamError, InputError
 from streamgen.noise import SeededNoise
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Codec(Protocol):
@@ -105,6 +105,21 @@ class Spec:
     extra: dict = field(default_factory=dict)  # prompt_embeds, negative_prompt_embeds, latents
 
 
+def check_frames(pixels: Tensor, index: int) -> None:
+    """Raises BrokenStreamError if frames [B, 3, F, H, W] cannot be a picture: not finite, or one colour throughout."""
+    low, high = pixels.aminmax()
+    what = None
+    if not torch.isfinite(high - low):
+        what = "values that are not finite"
+    elif low == high:
+        what = "blank frames"
+    if what:
+        raise BrokenStreamError(
+            f"chunk {index} holds {what}: the weights do not fit the preset, or the dtype is too narrow for them "
+            "(try float32: --dtype fp32)"
+        )
+
+
 def latent_frames_for(num_frames: int, ratio: int, chunk: int) -> int:
     """Latent frames, in whole chunks, that cover `num_frames` pixels frames (the first latent is one frame)."""
     latents = 1 + -(-(num_frames - 1) // ratio)
@@ -136,6 +151,7 @@ class StreamSession:
         self.index, self.delivered = 0, 0  # of the next chunk; pixel frames so far
         self._computing = False  # the next chunk has begun: changes come too late for it
         self._decoder = None
+        self._finished: LatentChunk | None = None  # computed, not yet decoded: a failing decoder loses nothing
         self._seconds: dict[str, float] = {}
         self._embeds = self._texts(self.prompt, spec.extra.get("prompt_embeds"))
         with torch.no_grad():
@@ -192,14 +208,17 @@ class StreamSession:
                 raise StopIteration
             try:
                 self._apply()
-                return self._deliver(self._rollout.advance())
+                self._finished = self._finished or self._rollout.advance()
+                return self._deliver(self._finished)
             finally:
                 self._computing = False
 
     def _deliver(self, chunk: LatentChunk) -> Chunk:
         begin = time.perf_counter()
-        pixels, self._decoder = self.codec.decode(chunk.latents, self._decoder)
+        pixels, decoder = self.codec.decode(chunk.latents, self._decoder)
         pixels = (pixels + 1) / 2
+        check_frames(pixels, self.index)
+        self._decoder, self._finished = decoder, None
         if self.spec.num_frames is not None:
             pixels = pixels[:, :, : self.spec.num_frames - self.delivered]
         timings = {**self._seconds, **self._rollout.timings.take(), "decode": time.perf_counter() - begin}
@@ -259,12 +278,30 @@ class StreamSession:
                 blend=blend if kept is None else kept.blend,
                 guidance_scale=guidance_scale,
             )
-            return Change(self.index + self._computing, self._epochs)
+            late = self._computing or self._finished is not None
+            return Change(self.index + late, self._epochs)
 
     def _apply(self) -> None:
-        """Take the pending change, or the next step of a blend."""
+        """Take the pending change, or the next step of a blend; all of it or nothing."""
         with self._mail:
             request, self._request, self._computing = self._request, None, True
+        if request is not None and request.prompt is not None and request.mode == "reset":
+            self._finished = None
+        if self._finished is not None:  # its decoding failed: it comes before this change
+            self._put_back(request)
+            return
+        try:
+            self._change(request)
+        except BaseException:
+            self._put_back(request)
+            raise
+
+    def _put_back(self, request: Request | None) -> None:
+        """A change that could not be taken now is pending again, unless a newer one came."""
+        with self._mail:
+            self._request = self._request or request
+
+    def _change(self, request: Request | None) -> None:
         if request is None:
             if self._blend:
                 self._step_blend(self._rollout.epoch)
@@ -363,6 +400,7 @@ class StreamSession:
                 "delivered": self.delivered,
                 "blend": vars(self._blend).copy() if self._blend else None,
                 "request": vars(self._request).copy() if self._request else None,
+                "finished": None if self._finished is None else asdict(self._finished),
                 "frames": self._rollout.num_latent_frames,
                 "decoder": self._decoder,
                 "rollout": self._rollout.state_dict(),
@@ -376,6 +414,7 @@ class StreamSession:
             self._blend = Blend(**state["blend"]) if state["blend"] else None
             self._request = Request(**state["request"]) if state["request"] else None
             self._decoder = state["decoder"]
+            self._finished = LatentChunk(**state["finished"]) if state["finished"] else None
             with torch.no_grad():
                 self._rollout = self._start(self._embeds, state["frames"])
                 self._rollout.load_state_dict(state["rollout"])

@@ -13,7 +13,7 @@ from importlib import import_module
 
 from streamgen import __version__
 from streamgen.config import suggest
-from streamgen.errors import InputError, UnavailableError
+from streamgen.errors import BrokenStreamError, InputError, UnavailableError
 
 __all__ = ["main"]
 
@@ -89,6 +89,6 @@ def _known_failure(error: Exception) -> str | None:
         return f"{reason}: lower --height and --width or cache.window, or use --dtype bf16"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'writing'}: {error.strerror}"
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, (FloatingPointError, BrokenStreamError)):
         return str(error)
     return None

@@ -42,7 +42,8 @@ class StubTransformer(nn.Module):
         from streamgen.models.rope import RotaryEmbedding
 
         self.config = SimpleNamespace(
-            num_layers=1, num_attention_heads=1, attention_head_dim=head_dim, in_channels=channels, patch_size=(1, 1, 1)
+            num_layers=1, num_attention_heads=1, attention_head_dim=head_dim, in_channels=channels,
+            out_channels=channels, patch_size=(1, 1, 1),
         )
         self.scale = nn.Parameter(torch.tensor(0.5), requires_grad=False)
         self.rope = RotaryEmbedding(head_dim)

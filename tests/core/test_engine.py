@@ -394,7 +394,7 @@ def test_recache_is_one_bidirectional_call_at_t0_under_the_new_prompt(tiny, mode
     if kept:
         assert torch.equal(before[:, :, :3], rollout.store.keys[:, :, :3])
     # the values that the next chunk reads are those of a forward without any cache under the new prompt
-    x = torch.cat([part for _, part in rollout.past], 2)[:, :, -len(redone) :]
+    x = torch.cat([flight.x for flight in rollout.past], 2)[:, :, -len(redone) :]
     if not kept:
         taken = {}
 
@@ -523,7 +523,7 @@ def test_fingerprint_tells_weights_apart(tiny, model):
 def held(rollout) -> tuple[int, ...]:
     """Everything of a roll-out that could grow."""
     lists = (rollout.flight, rollout.pending, rollout.past, rollout._plans, rollout.engine.records)
-    return (rollout.store.nbytes, *map(len, lists), *(x.untyped_storage().nbytes() for _, x in rollout.past))
+    return (rollout.store.nbytes, *map(len, lists), *(f.x.untyped_storage().nbytes() for f in rollout.past))
 
 
 def endless(tiny, chunks: int, *overrides: str) -> SimpleNamespace:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from streamgen.config import load_preset
-from streamgen.errors import InputError
+from streamgen.errors import BrokenStreamError, InputError
 from streamgen.models.text import TextEncoder, build_tokenizer
 from streamgen.models.vae import StreamingVAE
 from streamgen.pipelines import StreamingVideoPipeline
@@ -646,3 +646,66 @@ def test_a_saved_pipeline_gives_the_same_stream(pipe, tmp_path):
     resumed, last = load().resume(saved(session)).next(), session.next()
     assert torch.equal(resumed.pixels, last.pixels) and torch.equal(resumed.latents, last.latents)
     torch.testing.assert_close(last.pixels, chunks[2].pixels, **FP32)
+
+
+# --- failures
+
+
+def failing(function, times: int = 1):
+    """`function`, whose first calls run out of memory."""
+    left = [times]
+
+    def call(*args):
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("out of memory")
+        return function(*args)
+
+    return call
+
+
+def test_a_decoder_that_ran_out_of_memory_loses_no_chunk(pipe, monkeypatch):
+    with pipe.stream(RED) as whole:
+        wanted = pixels(take(whole, 3))
+    with pipe.stream(RED) as session:
+        parts = take(session, 1)
+        monkeypatch.setattr(pipe.vae, "decode", failing(pipe.vae.decode))
+        with pytest.raises(torch.OutOfMemoryError):
+            session.next()
+        with pipe.resume(session.state_dict()) as other:
+            assert torch.equal(pixels(take(other, 2)), wanted[:, :, parts[0].pixels.shape[2] :])
+        assert session.update(guidance_scale=1).chunk == 2  # chunk 1 is computed, it only waits to be decoded
+        assert torch.equal(pixels([*parts, *take(session, 2)]), wanted)
+
+
+def test_a_reset_drops_a_chunk_that_was_computed_before_it(pipe, monkeypatch):
+    with pipe.stream(RED) as session, pipe.stream(BLUE) as fresh:
+        take(session, 2)
+        monkeypatch.setattr(pipe.vae, "decode", failing(pipe.vae.decode))
+        with pytest.raises(torch.OutOfMemoryError):
+            session.next()
+        session.set_prompt(BLUE, "reset")
+        assert torch.equal(pixels(take(session, 2)), pixels(take(fresh, 2)))
+
+
+def test_a_change_whose_text_could_not_be_encoded_is_still_pending(pipe, monkeypatch):
+    with pipe.stream(RED) as session, pipe.stream(RED) as other:
+        take(session, 1), take(other, 1)
+        change = session.set_prompt(BLUE), other.set_prompt(BLUE)
+        monkeypatch.setattr(session, "_encode_text", failing(session._encode_text))
+        with pytest.raises(torch.OutOfMemoryError):
+            session.next()
+        ours, theirs = session.next(), other.next()
+        assert torch.equal(ours.pixels, theirs.pixels) and ours.epoch == theirs.epoch == change[0].epoch
+
+
+@pytest.mark.parametrize("value, words", [(float("nan"), "not finite"), (0.25, "blank frames")])
+def test_what_is_no_picture_is_never_delivered(pipe, monkeypatch, value, words):
+    decode = pipe.vae.decode
+    with pipe.stream(RED) as session:
+        take(session, 1)
+        monkeypatch.setattr(pipe.vae, "decode", lambda *args: (decode(*args)[0] * 0 + value, None))
+        for _ in range(2):
+            with pytest.raises(BrokenStreamError, match=f"chunk 1 holds .*{words}"):
+                session.next()
+        assert session.delivered == 9

@@ -1,0 +1,447 @@
+"""One stream in the engine: its cache, its chunks in flight, what it is told, and the commit that is still owed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from streamgen.cache import CachePolicy, GraphStore, KVStore
+from streamgen.cache.policies import POLICIES
+from streamgen.cache.store import Geometry
+from streamgen.config import StreamConfig
+from streamgen.errors import InputError
+from streamgen.schedules import Call, OpKind, Row, Tick, clean_call
+
+if TYPE_CHECKING:
+    from streamgen.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class LatentChunk:
+    """A finished chunk: latents [B, C, f, H, W], its number, its first latent frame, and the epoch of its prompt."""
+
+    latents: Tensor
+    index: int
+    first_frame: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class CallRecord:
+    """One executed call: what ran, and the plan it ran by."""
+
+    tick: int
+    kind: str
+    source: str
+    chunks: tuple[int, ...]
+    frames: tuple[int, ...]
+    timesteps: tuple[float, ...]
+    key_frames: tuple[tuple[int, ...], ...]  # per group of queries
+    key_positions: tuple[tuple[float, ...], ...]
+    query_positions: tuple[tuple[float, ...], ...]
+    writes: tuple[int, ...]
+    expert: int = 0
+
+
+@dataclass(slots=True)
+class Flight:
+    """A chunk being denoised: x [B, C, f, H, W] at level p of its ladder."""
+
+    x: Tensor
+    frames: range
+    text: Text
+    p: int = 0
+    channels: Tensor | None = None  # [B or 1, C', f, H, W], read beside x
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Text:
+    """What a chunk is told, per guidance branch, and the epoch it belongs to."""
+
+    embeds: Tensor  # [branches·B, L, D]
+    keys: tuple  # their TextKeys, per expert
+    epoch: int
+    image: Tensor | None = None  # [branches·B, tokens, D'], the embedded picture
+
+
+class Channels(Protocol):
+    """What a model reads beside its latents: the picture and mask of image-to-video, a control video."""
+
+    def frames(self, frames: range) -> Tensor:
+        """[B or 1, C', f, H, W] of these latent frames; asked in order, the last ones perhaps again."""
+        ...
+
+    def fork(self) -> Channels: ...
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+class Timings:
+    """Seconds spent per kind of call since they were last taken."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def add(self, name: str, begin: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def take(self) -> dict[str, float]:
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+
+def build_policy(config: StreamConfig, flight_frames: int, total_frames: int | None) -> CachePolicy:
+    """The cache policy of a configuration. Raises InputError below a window's floor."""
+    cls, options = POLICIES.get(config.cache.policy)
+    if config.cache.policy == "window":
+        chosen = options(config.cache.window, config.cache.sink, config.positions.rule)
+    else:
+        try:
+            chosen = options(**config.cache.options)
+        except TypeError as error:
+            raise InputError(f"cache.options of policy {config.cache.policy!r}: {error}") from None
+    return cls(chosen, flight_frames, total_frames)
+
+
+class Rollout:
+    """Runs the ticks of one stream. Everything between two chunks is explicit state: see `state_dict`."""
+
+    def __init__(
+        self, engine: Engine, prompt_embeds, noise, latent_size, num_latent_frames, negative_embeds, batch, image,
+        channels: Channels | None,
+    ) -> None:
+        """Arguments as in `Engine.start`, which makes these."""
+        self.engine, self.noise, self.channels = engine, noise, channels
+        self.batch = batch or prompt_embeds.shape[0]
+        self.latent_size = latent_size
+        self.num_latent_frames = num_latent_frames
+        per_chunk = engine.config.chunk.latent_frames
+        if num_latent_frames is not None and (num_latent_frames < 1 or num_latent_frames % per_chunk):
+            raise InputError(
+                f"{num_latent_frames} latent frames are not a positive multiple of chunk.latent_frames={per_chunk}"
+            )
+        self.num_chunks = None if num_latent_frames is None else num_latent_frames // per_chunk
+        self.policy = build_policy(engine.config, engine.flight_frames, num_latent_frames)
+        self.negative = negative_embeds
+        self.text = engine.text(prompt_embeds, negative_embeds, self.batch, 0, image)
+        self.image = image
+        self.flight: dict[int, Flight] = {}
+        self.pending: list[tuple[int, Call, Flight]] = []  # commits owed: tick, call, chunk
+        self.past: list[Flight] = []  # recent finished chunks, for re-encoding under a new prompt
+        self.next_chunk = 0
+        self.guidance_scale = engine.config.guidance.scale  # may change at a chunk boundary
+        self.timings = Timings()
+        self.stores = [self._new_store(expert) for expert in engine.experts]
+        self._ticks: Iterator[Tick] | None = None
+        self._plans: dict[tuple, tuple] = {}  # of the present chunk: all its steps share them
+
+    # ------------------------------------------------------------------------------------------- state
+    @property
+    def next_frame(self) -> int:
+        """The latent frame the next chunk begins at."""
+        return self.next_chunk * self.engine.config.chunk.latent_frames
+
+    @property
+    def finished(self) -> bool:
+        return self.num_chunks is not None and self.next_chunk >= self.num_chunks
+
+    @property
+    def epoch(self) -> int:
+        return self.text.epoch
+
+    def relabel(self, epoch: int) -> None:
+        """Chunks from here on carry another epoch; nothing else changes."""
+        self.text = replace(self.text, epoch=epoch)
+
+    @property
+    def store(self) -> KVStore | GraphStore:
+        """The first expert's cache."""
+        return self.stores[0]
+
+    @property
+    def can_recache(self) -> bool:
+        """Whether finished latents are kept for re-encoding."""
+        return bool(self._recache_frames())
+
+    def _new_store(self, model) -> KVStore | GraphStore:
+        height, width = self.latent_size
+        config, (_, ph, pw) = model.config, model.config.patch_size
+        if height % ph or width % pw:
+            raise InputError(f"latent size {height}x{width} is not a multiple of the patch {ph}x{pw}")
+        geometry = Geometry(
+            layers=config.num_layers,
+            batch=self.batch * self.engine.branches,
+            height=height // ph,
+            width=width // pw,
+            heads=config.num_attention_heads,
+            head_dim=config.attention_head_dim,
+        )
+        if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+            return GraphStore(geometry)
+        most = max(self.engine.flight_frames, self._recache_frames())
+        return KVStore(geometry, self.policy.pages, most, self.engine.dtype, self.engine.device)
+
+    def _recache_frames(self) -> int:
+        """Most frames a re-encoding call may hold."""
+        window = self.engine.config.cache.window
+        if self.engine.config.switch.mode != "recache" and window == -1:
+            return 0
+        return self.num_latent_frames if window == -1 else window
+
+    # ------------------------------------------------------------------------------------------- running
+    def advance(self) -> LatentChunk:
+        """Run ticks until a chunk is finished. Raises StopIteration past the end."""
+        if self.finished:
+            raise StopIteration("the stream is over")
+        self.commit()
+        if self._ticks is None:
+            self._ticks = self.engine.schedule.ticks(self.engine.steps, self.num_chunks, self.next_chunk)
+        self._plans = {}
+        try:
+            for tick in self._ticks:
+                for op in tick.ops:
+                    if op.kind is OpKind.BEGIN:
+                        self._begin(op.chunk)
+                for call in tick.calls:
+                    self._denoise(tick.index, call)
+                if tick.emits:
+                    return self._emit(tick)
+        except BaseException:  # out of memory, Ctrl-C: what was in flight begins anew at the next call
+            self._ticks, self.flight = None, {}
+            raise
+        raise StopIteration("the schedule ended before the stream")
+
+    def _begin(self, chunk: int) -> None:
+        per_chunk = self.engine.config.chunk.latent_frames
+        frames = range(chunk * per_chunk, (chunk + 1) * per_chunk)
+        channels = None if self.channels is None else self.channels.frames(frames)
+        self.flight[chunk] = Flight(self._noise("initial", frames, 0), frames, self.text, channels=channels)
+
+    def _noise(self, purpose: str, frames: range, step: int) -> Tensor:
+        config = self.engine.transformer.config
+        channels = config.out_channels or config.in_channels
+        shape = (self.batch, channels, *self.latent_size)
+        return self.noise.frames(purpose, frames, step, shape).to(self.engine.device, torch.float32)
+
+    def _emit(self, tick: Tick) -> LatentChunk:
+        (index,) = tick.emits
+        flight = self.flight.pop(index)
+        self.pending = [(tick.index, call, flight) for call in tick.commits]
+        self._remember(flight)
+        self.next_chunk = index + 1
+        return LatentChunk(flight.x, index, flight.frames.start, flight.text.epoch)
+
+    def _remember(self, flight: Flight) -> None:
+        window = self._recache_frames()
+        if not window:
+            return
+        self.past.append(flight)
+        while self.past and self.past[0].frames.stop <= flight.frames.stop - window:
+            self.past.pop(0)
+
+    def commit(self) -> None:
+        """Run the commit calls that are owed; a finite stream never runs its last one."""
+        for tick, call, flight in self.pending:
+            (row,) = call.rows
+            self._clean(tick, call, row, flight.x, flight.channels, [flight.frames], flight.text)
+        self.pending = []
+
+    def switch(self, prompt_embeds: Tensor, mode: str, epoch: int | None = None) -> None:
+        """A new prompt from the next chunk on; what is owed is committed under the old one first.
+
+        Args:
+            mode: keep (text alone) | recache (recent frames are encoded again under the new text) | cut (recent
+                frames are dropped; the sink and the frame count stay). A reset is a new `Rollout`.
+        """
+        if mode == "reset":
+            raise InputError("a reset begins a new stream: use keep, recache or cut here, or reset a session")
+        self.commit()
+        epoch = self.text.epoch + 1 if epoch is None else epoch
+        self.text = self.engine.text(prompt_embeds, self.negative, self.batch, epoch, self.image)
+        frames = self.policy.switch(mode)
+        self._plans = {}
+        if frames is None:
+            return
+        begin = frames.start - self.past[0].frames.start
+        x = torch.cat([flight.x for flight in self.past], 2)[:, :, begin:]
+        channels = None
+        if self.channels is not None:
+            channels = torch.cat([flight.channels for flight in self.past], 2)[:, :, begin:]
+        per_chunk = self.engine.config.chunk.latent_frames
+        chunks = tuple(range(frames.start // per_chunk, -(-frames.stop // per_chunk)))
+        call = clean_call(chunks, self.engine.steps, source="past")
+        self._clean(-1, call, call.rows[0], x, channels, [frames], self.text)
+
+    def state_dict(self) -> dict:
+        """Everything a later `load_state_dict` needs to go on bit by bit: tensors and plain Python."""
+        return {
+            "next_chunk": self.next_chunk,
+            "guidance_scale": self.guidance_scale,
+            "policy": self.policy.state_dict(),
+            "stores": [store.state_dict() for store in self.stores],
+            "text": self.text.embeds,
+            "image": self.text.image,
+            "epoch": self.text.epoch,
+            "past": [_saved(flight) for flight in self.past],
+            "pending": [(tick, _saved(flight)) for tick, _, flight in self.pending],
+            "channels": self.channels.state_dict() if self.channels is not None else None,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state` was taken; the engine, the noise and the sizes must be the same."""
+        device = self.engine.device
+        self.next_chunk, self.guidance_scale = state["next_chunk"], state["guidance_scale"]
+        self.policy.load_state_dict(state["policy"])
+        for store, saved in zip(self.stores, state["stores"], strict=True):
+            store.load_state_dict(saved)
+        image = None if state["image"] is None else state["image"].to(device)
+        self.text = self.engine.keyed(state["text"].to(device), state["epoch"], image)
+        self.past = [self._restored(saved) for saved in state["past"]]
+        self.pending = []
+        for tick, saved in state["pending"]:
+            flight = self._restored(saved)
+            chunk = flight.frames.start // self.engine.config.chunk.latent_frames
+            self.pending.append((tick, clean_call((chunk,), self.engine.steps), flight))
+        if self.channels is not None:
+            self.channels.load_state_dict(state["channels"])
+        self._ticks = None
+        self._plans = {}
+
+    def _restored(self, saved: dict) -> Flight:
+        """A finished chunk of a state; its level no longer matters."""
+        tensors = {name: saved[name] if saved[name] is None else saved[name].to(self.engine.device)
+                   for name in ("x", "channels")}
+        return Flight(frames=range(*saved["frames"]), text=self.text, **tensors)
+
+    def fork(self) -> Rollout:
+        """An independent stream with the same past; what either does is unknown to the other."""
+        other = copy(self)
+        other.stores = [store.fork() for store in self.stores]
+        other.channels = self.channels.fork() if self.channels is not None else None
+        other.policy = build_policy(self.engine.config, self.engine.flight_frames, self.num_latent_frames)
+        other.policy.load_state_dict(self.policy.state_dict())
+        other.flight, other.pending, other.past = dict(self.flight), list(self.pending), list(self.past)
+        other._ticks, other._plans, other.timings = None, {}, Timings()
+        return other
+
+    # ------------------------------------------------------------------------------------------- calls
+    def _bind(self, call: Call, row: Row, frames: tuple[range, ...], expert: int):
+        """Plan and context of a call."""
+        plan = self.policy.plan(call, row, frames)
+        return plan, self.stores[expert].bind(plan, self.engine.experts[expert].rope)
+
+    def _forward(
+        self, expert: int, x: Tensor, channels: Tensor | None, timestep: Tensor, text: Text, context,
+        commit_only: bool = False,
+    ) -> Tensor | None:
+        """The guided velocity, or None from a commit."""
+        if channels is not None:
+            x = torch.cat([x, channels.to(x).expand(x.shape[0], -1, -1, -1, -1)], 1)
+        if self.engine.branches == 2:
+            x = torch.cat([x, x])
+        x = x.to(self.engine.dtype)
+        out = self.engine.experts[expert](
+            x, timestep, text_keys=text.keys[expert], context=context, return_dict=False, commit_only=commit_only
+        )
+        if commit_only:
+            return None
+        velocity = out[0].float()
+        if self.engine.branches == 1:
+            return velocity
+        positive, negative = velocity.chunk(2)
+        return negative + self.guidance_scale * (positive - negative)
+
+    def _denoise(self, tick: int, call: Call) -> None:
+        begin = time.perf_counter()
+        (row,) = call.rows
+        flights = [self.flight[slot.chunk] for slot in row.slots]
+        frames = tuple(f.frames for f in flights)
+        ladder = self.engine.ladder
+        levels = [ladder.timesteps[slot.p_in] for slot in row.slots]
+        (expert,) = {self.engine.expert_for(level) for level in levels}
+        plan, context = self._context(call, row, frames, expert)
+        self._record(tick, call, row, frames, levels, plan, expert)
+        x, channels = _joined([f.x for f in flights]), _joined([f.channels for f in flights])
+        timestep = self._timestep(levels, frames)
+        velocity = self._forward(expert, x, channels, timestep, flights[0].text, context)
+        for slot, flight, part in zip(row.slots, flights, velocity.split([len(f) for f in frames], 2), strict=True):
+            fresh: Callable[[], Tensor] = lambda f=flight, p=slot.p_in: self._noise("renoise", f.frames, p)  # noqa: E731
+            flight.x, flight.p = ladder.step(flight.x, part, slot.p_in, fresh), slot.p_out
+        self.timings.add("denoise", begin)
+
+    def _context(self, call: Call, row: Row, frames: tuple[range, ...], expert: int):
+        """Plans and their angles are shared by all steps of a chunk; training binds each forward anew."""
+        if isinstance(self.store, GraphStore):
+            return self._bind(call, row, frames, expert)
+        key = (call.kind, row.lane, frames, expert)
+        if key not in self._plans:
+            self._plans[key] = self._bind(call, row, frames, expert)
+        return self._plans[key]
+
+    def _timestep(self, levels: list[float], frames: tuple[range, ...]) -> Tensor:
+        """[1, F], or [1, 1] where all frames share one level (the transformer's fastest form)."""
+        if len(set(levels)) == 1:
+            return torch.full((1, 1), levels[0], device=self.engine.device)
+        per_frame = [level for level, part in zip(levels, frames, strict=True) for _ in part]
+        return torch.tensor([per_frame], device=self.engine.device)
+
+    def _clean(
+        self, tick: int, call: Call, row: Row, x: Tensor, channels: Tensor | None, frames: list[range], text: Text
+    ) -> None:
+        """Finished latents once more, for their keys and values in every expert's cache.
+
+        Each cache is published when its call is through; the policy hears of it when all are. An exception in between
+        leaves the commit owed, and running it again writes the same bytes.
+        """
+        begin = time.perf_counter()
+        config = self.engine.config
+        level = config.schedule.commit_level
+        if config.guidance.commit_branch == "positive" and self.engine.branches == 2:
+            text = self.engine.keyed(text.embeds.chunk(2)[0].repeat(2, 1, 1), text.epoch, text.image)
+        for expert, store in enumerate(self.stores):
+            plan, context = self._bind(call, row, tuple(frames), expert)
+            if not plan.writes:  # nobody would read it
+                continue
+            self._record(tick, call, row, tuple(frames), [level], plan, expert)
+            timestep = self._timestep([level], tuple(frames))
+            self._forward(expert, x, channels, timestep, text, context, commit_only=True)
+            store.publish(plan, *([context] if isinstance(store, GraphStore) else []))
+        self.policy.commit([f for part in frames for f in part])
+        self._plans = {}  # they followed what was committed before
+        self.timings.add("commit" if call.source == "flight" else "recache", begin)
+
+    def _record(
+        self, tick: int, call: Call, row: Row, frames: tuple[range, ...], levels: list[float], plan, expert: int
+    ) -> None:
+        if not self.engine.tracing:
+            return
+        self.engine.records.append(
+            CallRecord(
+                tick=tick,
+                kind=call.kind.value,
+                source=call.source,
+                chunks=tuple(slot.chunk for slot in row.slots),
+                frames=tuple(f for part in frames for f in part),
+                timesteps=tuple(levels),
+                key_frames=tuple(g.key_frames for g in plan.groups),
+                key_positions=tuple(g.key_positions for g in plan.groups),
+                query_positions=tuple(g.query_positions for g in plan.groups),
+                writes=tuple(w.frame for w in plan.writes),
+                expert=expert,
+            )
+        )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """Chunks along time."""
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, 2)
+
+
+def _saved(flight: Flight) -> dict:
+    return {"x": flight.x, "frames": (flight.frames.start, flight.frames.stop), "channels": flight.channels}
