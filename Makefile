@@ -13,7 +13,7 @@ STAMP   := $(VENV)/.installed
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST  := $(THREADS) $(BIN)/pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: help install demo-video test test-all lint clean
+.PHONY: help install browser demo-video test test-all lint clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -28,19 +28,27 @@ $(STAMP): pyproject.toml setup.py
 	$(BIN)/python -m pip install --no-build-isolation -e ".[$(EXTRAS)]"
 	touch $@
 
+browser:  ## Debian's Chromium for the page's test, where this user may install it; without one that test skips
+	@if ! { command -v chromium && command -v chromedriver; } >/dev/null; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+				chromium chromium-driver >/dev/null; } || echo "chromium could not be installed"; \
+		fi; \
+	fi
+
 demo-video: install  ## demo.mp4 from the embedded model: no GPU and no network needed
 	$(BIN)/streamgen render --prompt "a red circle bouncing on a navy background" --seconds 5 -o demo.mp4
 	@echo "$(CURDIR)/demo.mp4"
 
-test: lint  ## the linter and the quick tests
+test: lint browser  ## the linter and the quick tests
 	$(PYTEST) -m "not slow" tests
 
-test-all: lint  ## the slow tests as well
+test-all: lint browser  ## the slow tests as well
 	$(PYTEST) tests
 
 lint: install  ## ruff
 	$(BIN)/ruff check .
 
 clean:  ## build products and caches; the virtual environment and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache demo.mp4
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache demo.mp4 demo.json
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

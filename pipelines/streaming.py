@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,8 +23,12 @@ from torch import Tensor
 from streamgen.config import StreamConfig
 from streamgen.engine import Engine
 from streamgen.errors import InputError
-from streamgen.hub import model_config, stream_config
+from streamgen.hub import model_config, model_folder, model_name_of, stream_config
 from streamgen.ladder import uniform_timesteps
+from streamgen.models.codecs import Codec, codec_for
+from streamgen.models.image import ConditionStream, ImageConditioner
+from streamgen.models.loading import ORIGINAL_TEXT_LEN, load_transformer
+from streamgen.models.prompts import PromptEncoder
 from streamgen.models.text import TextEncoder
 from streamgen.models.transformer import CausalWanTransformer3DModel
 from streamgen.models.vae import StreamingVAE
@@ -58,60 +64,108 @@ def noise_from_state(state: dict):
     return GivenLatents(state["latents"], seeded) if "latents" in state else seeded
 
 
+# diffusers finds the embedded model's classes among modules that are imported already
+EMBEDDED_CLASSES = (TextEncoder, StreamingVAE, CausalWanTransformer3DModel)
+
+
 class StreamingVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
-    """Text to endless video. `stream` gives a session; `__call__` drains one."""
+    """Text (or a picture and text) to endless video. `stream` gives a session; `__call__` drains one."""
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _lora_loadable_modules = ["transformer"]
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
+    _optional_components = ["text_encoder", "transformer_2", "image_encoder", "image_processor"]
+    _lora_loadable_modules = ["transformer", "transformer_2"]
 
-    # diffusers loads components of modules that are imported already, so their classes stand here
     def __init__(
         self,
         tokenizer,
-        text_encoder: TextEncoder,
-        transformer: CausalWanTransformer3DModel,
-        vae: StreamingVAE,
+        text_encoder,
+        transformer,
+        vae,
+        transformer_2=None,
+        image_encoder=None,
+        image_processor=None,
         model_name: str | None = None,
+        boundary_ratio: float | None = None,
     ) -> None:
-        """`model_name`: of the file in `configs/models` that goes with these weights."""
+        """Components as in diffusers' Wan pipelines.
+
+        Args:
+            vae: AutoencoderKLWan, or any codec of `streamgen.models.codecs`.
+            transformer_2: the expert for levels below `boundary_ratio` (Wan2.2-A14B).
+            image_encoder, image_processor: CLIP, of Wan2.1's image-to-video models.
+            model_name: of the file in `configs/models` that goes with these weights.
+        """
         super().__init__()
-        self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae)
-        self.register_to_config(model_name=model_name)
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae,
+            transformer_2=transformer_2, image_encoder=image_encoder, image_processor=image_processor,
+        )  # fmt: skip
+        self.register_to_config(model_name=model_name, boundary_ratio=boundary_ratio)
         self.settings = model_config(model_name)
         self.stream_config: StreamConfig = stream_config(self.settings.preset, self.settings)
+        self._codec: Codec | None = None
+        self._prompts: PromptEncoder | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> StreamingVideoPipeline:
+        """As in diffusers; folders and ids of its own Wan pipelines load too, their transformers as causal ones."""
+        folder = Path(model_folder(str(pretrained_model_name_or_path)))
+        index = json.loads((folder / "model_index.json").read_text())
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        for name in ("transformer", "transformer_2"):
+            if name not in kwargs and (index.get(name) or [None, None])[1] == "WanTransformer3DModel":
+                kwargs[name] = load_transformer(folder / name, dtype=dtype)
+        kwargs.setdefault("model_name", model_name_of(folder))
+        return super().from_pretrained(folder, **kwargs)
+
+    @property
+    def codec(self) -> Codec:
+        """What turns latents into pixels: the VAE with streaming state. Assign one to wrap or replace it."""
+        if self._codec is None:
+            self._codec = codec_for(self.vae)
+        return self._codec
+
+    @codec.setter
+    def codec(self, codec: Codec) -> None:
+        self._codec = codec
 
     # ------------------------------------------------------------------------------------------- text
     @property
     def max_tokens(self) -> int:
-        return self.tokenizer.model_max_length
+        """Rows of prompt_embeds; a longer prompt is cut there."""
+        return min(self.transformer.config.text_len or ORIGINAL_TEXT_LEN, self.tokenizer.model_max_length)
+
+    @property
+    def prompts(self) -> PromptEncoder:
+        """The text side: `prompts.release()` lets go of the encoder, `prompts.cache` keeps embeddings on disk."""
+        if self._prompts is None:
+            self._prompts = PromptEncoder(self.tokenizer, self.text_encoder, self.max_tokens)
+        return self._prompts
 
     def encode_prompt(self, prompt: str | Sequence[str]) -> Tensor:
         """Prompts -> prompt_embeds [B, L, D]; rows of padding are zero. A prompt over the limit is cut, and said so."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        for text in prompts:
-            count = len(self.tokenizer(text)["input_ids"])
-            if count > self.max_tokens:
-                log.warning("the prompt has %d tokens, the model reads the first %d", count, self.max_tokens)
-        tokens = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        )
-        device = next(self.text_encoder.parameters()).device
-        with torch.no_grad():
-            return self.text_encoder(tokens["input_ids"].to(device), tokens["attention_mask"].to(device))
+        return self.prompts([prompt] if isinstance(prompt, str) else list(prompt), device=self.transformer.device)
+
+    def release_text_encoder(self) -> None:
+        """Free the text encoder (11 GB of a Wan model); prompts that come later need `prompts.reload` or its cache."""
+        self.prompts.release()
+        self.text_encoder = None
 
     # ------------------------------------------------------------------------------------------- sessions
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Latent (h, w) of a picture size; sizes off the grid are snapped, and said so."""
-        ratio, (_, ph, pw) = self.vae.spatial_ratio, self.transformer.config.patch_size
+        ratio, (_, ph, pw) = self.codec.spatial_ratio, self.transformer.config.patch_size
         out = []
         for name, value, patch in (
             ("height", height or self.settings.height, ph),
             ("width", width or self.settings.width, pw),
         ):
             grid = ratio * patch
-            snapped = max(grid, round(value / grid) * grid)
+            if value is None:
+                raise InputError(f"this model has no size of its own: give {name}")
             if value < 1:
                 raise InputError(f"{name} must be positive, got {value}")
+            snapped = max(grid, round(value / grid) * grid)
             if snapped != value:
                 log.warning("%s %d is not a multiple of %d: using %d", name, value, grid, snapped)
             out.append(snapped // ratio)
@@ -125,6 +179,8 @@ class StreamingVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 raise InputError(f"num_inference_steps must be positive, got {num_inference_steps}")
             ladder = replace(config.ladder, timesteps=uniform_timesteps(num_inference_steps), warp=True)
             config = replace(config, ladder=ladder)
+        if config.experts.boundary is None and self.config.boundary_ratio is not None:
+            config = replace(config, experts=replace(config.experts, boundary=1000 * self.config.boundary_ratio))
         if guidance_scale is not None:
             config = replace(config, guidance=replace(config.guidance, scale=guidance_scale))
         return config
@@ -148,9 +204,9 @@ class StreamingVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         conditions=None,
     ) -> StreamSession:
         """A session, endless unless `num_frames` is given. Arguments as in `__call__`."""
-        for name, value in (("image", image), ("video", video), ("conditions", conditions)):
+        for name, value in (("video", video), ("conditions", conditions)):
             if value is not None:
-                raise InputError(f"{name}: this model is steered by text alone")
+                raise InputError(f"{name}: this model is not steered by it")
         prompt = self._check_prompt(prompt, prompt_embeds)
         if num_frames is not None and num_frames < 1:
             raise InputError(f"num_frames must be positive, got {num_frames}")
@@ -163,8 +219,29 @@ class StreamingVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             extra={"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds},
         )
         noise = None if latents is None else GivenLatents(latents.float().cpu(), SeededNoise(spec.seed))
-        engine = Engine(self.transformer, self.configured(num_inference_steps, guidance_scale), self.vae)
-        return StreamSession(engine, self.vae, self.encode_prompt, spec, noise)
+        engine = self._engine(self.configured(num_inference_steps, guidance_scale))
+        channels = self._look(image, spec, engine.config.chunk.latent_frames)
+        return StreamSession(engine, self.codec, self.encode_prompt, spec, noise, channels)
+
+    def _engine(self, config: StreamConfig) -> Engine:
+        return Engine(self.transformer, config, self.codec, self.transformer_2)
+
+    @torch.no_grad()
+    def _look(self, image, spec: Spec, latent_frames: int) -> ConditionStream | None:
+        """What image-to-video reads beside the latents; the embedded picture goes into `spec`."""
+        config = self.transformer.config
+        reads = config.in_channels != (config.out_channels or config.in_channels)
+        if image is None:
+            if reads:
+                raise InputError("this is an image-to-video model: give it an image")
+            return None
+        if not reads:
+            raise InputError("image: this model is steered by text alone")
+        look = ImageConditioner(self.image_encoder, self.image_processor)
+        if config.image_dim is not None:
+            spec.extra["image_embeds"] = look.clip_embeds(image)
+        height, width = (self.codec.spatial_ratio * side for side in spec.latent_size)
+        return look.condition_chunks(image, self.codec, height, width, latent_frames)
 
     def _check_prompt(self, prompt, prompt_embeds) -> str | list[str]:
         if (prompt is None) == (prompt_embeds is None):
@@ -182,11 +259,15 @@ class StreamingVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise InputError(f"not a stream state of version {STATE_VERSION}: save it with stream.state_dict()")
         base = OmegaConf.structured(StreamConfig)
         config = OmegaConf.to_object(OmegaConf.merge(base, state["config"]))
-        engine = Engine(self.transformer, config, self.vae)
+        engine = self._engine(config)
         if engine.fingerprint() != state["model"]:
             raise InputError("this state belongs to other weights: load the model it was saved with")
         spec = Spec(**{**state["spec"], "latent_size": tuple(state["spec"]["latent_size"])})
-        session = StreamSession(engine, self.vae, self.encode_prompt, spec, noise_from_state(state["noise"]))
+        seen, channels = state["rollout"]["channels"], None
+        if seen is not None:
+            channels = ConditionStream(self.codec, seen["picture"], seen["latent_frames"])
+        noise = noise_from_state(state["noise"])
+        session = StreamSession(engine, self.codec, self.encode_prompt, spec, noise, channels)
         session.load_state_dict(state)
         return session
 
@@ -225,6 +306,7 @@ class StreamingVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             callback_on_step_end: called as (pipe, chunk index, 0, {"latents": …}) after every chunk; setting
                 `pipe._interrupt = True` stops there.
             seed: None = 0. Sample i of a batch has the i-th noise stream of the seed.
+            image: PIL picture, uint8 [H, W, 3] or floats in [0, 1], the first frame of image-to-video models.
         """
         if output_type not in ("np", "pt", "pil", "latent"):
             raise InputError(f"output_type {output_type!r} is unknown: use np, pt, pil or latent")
@@ -246,7 +328,7 @@ class StreamingVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                     callback_on_step_end(self, chunk.index, 0, {"latents": chunk.latents})
                 if self._interrupt:
                     break
-        ratio = self.vae.temporal_ratio
+        ratio = self.codec.temporal_ratio
         frames = torch.cat(codes, 2)[:, :, : 1 + -(-(num_frames - 1) // ratio)] if output_type == "latent" else None
         frames = _arrange(torch.cat(pixels, 2), output_type, isinstance(prompt, str)) if frames is None else frames
         self.maybe_free_model_hooks()

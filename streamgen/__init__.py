@@ -28,12 +28,16 @@ _EXPORTS = {
     "StreamSession": "streamgen.session",
     "StreamingVideoPipeline": "streamgen.pipelines.streaming",
     "TensorNoise": "streamgen.noise",
+    "attach_lora": "streamgen.models.lora",
     "load": "streamgen.hub",
     "load_preset": "streamgen.config",
     "load_transformer": "streamgen.models.loading",
+    "merge_lora": "streamgen.models.lora",
+    "read_lora": "streamgen.models.lora",
     "register_policy": "streamgen.cache.policies",
     "register_schedule": "streamgen.schedules",
     "save_transformer": "streamgen.models.loading",
+    "set_lora_scale": "streamgen.models.lora",
 }
 
 

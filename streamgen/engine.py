@@ -77,7 +77,8 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
+        own = getattr(self.transformer, "device", None)  # diffusers' knows of offloaded weights where they compute
+        return next(self.transformer.parameters()).device if own is None else own
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,22 +18,10 @@ from torch import Tensor
 from streamgen.config import SWITCH_MODES, check_choice
 from streamgen.engine import Engine, LatentChunk, pad_rows
 from streamgen.errors import BrokenStreamError, InputError
+from streamgen.models.codecs import Codec
 from streamgen.noise import SeededNoise
 
 STATE_VERSION = 2
-
-
-class Codec(Protocol):
-    """A streaming decoder: its state is explicit, so chunk by chunk equals the whole clip."""
-
-    spatial_ratio: int
-    temporal_ratio: int
-
-    def decode(self, latents: Tensor, state) -> tuple[Tensor, object]:
-        """[B, C, f, h, w] -> pixels [B, 3, F, H, W] in [-1, 1] and the new state; state None = start of a stream."""
-        ...
-
-    def encode(self, frames: Tensor, state) -> tuple[Tensor, object]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +89,7 @@ class Spec:
     seed: int | list[int] = 0
     num_frames: int | None = None
     latent_size: tuple[int, int] = (8, 8)
-    extra: dict = field(default_factory=dict)  # prompt_embeds, negative_prompt_embeds, latents
+    extra: dict = field(default_factory=dict)  # prompt_embeds, negative_prompt_embeds, image_embeds
 
 
 def check_frames(pixels: Tensor, index: int) -> None:
@@ -132,14 +119,22 @@ class StreamSession:
     Args:
         encode_text: list of prompts -> [B, L, D].
         noise: an object of `streamgen.noise`; by default `SeededNoise(spec.seed)`.
+        channels: what the transformer reads beside its latents (see `Engine.run`), None for text-to-video.
     """
 
     def __init__(
-        self, engine: Engine, codec: Codec, encode_text: Callable[[list[str]], Tensor], spec: Spec, noise=None
+        self,
+        engine: Engine,
+        codec: Codec,
+        encode_text: Callable[[list[str]], Tensor],
+        spec: Spec,
+        noise=None,
+        channels=None,
     ) -> None:
         self.engine, self.codec, self.spec = engine, codec, spec
         self._encode_text = encode_text
         self._noise = noise or SeededNoise(spec.seed)
+        self._channels = channels
         self._compute, self._mail = threading.RLock(), threading.Lock()
         self._playing = threading.Event()
         self._playing.set()
@@ -181,6 +176,7 @@ class StreamSession:
             num_latent_frames=total,
             negative_embeds=negative,
             batch=embeds.shape[0],
+            conditions={"image_embeds": self.spec.extra.get("image_embeds"), "channels": self._channels},
         )
 
     @property

@@ -17,6 +17,8 @@ from streamgen.kernels.attention import attend
 from streamgen.kernels.rope import rotate
 from streamgen.models.rope import RotaryEmbedding
 
+ROTATED_AT_ONCE = 2**26  # bytes of keys: rotating takes six times as much for a moment
+
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
@@ -70,9 +72,11 @@ class KVStore:
             [wanted[p][0] for p in stale], g.height, g.width, [wanted[p][1] for p in stale], self.keys.device
         )
         index = torch.tensor(stale, device=self.keys.device)
-        raw = self.keys.index_select(2, index)  # [layers, B, n, T, H, D]
-        turned = rotate(raw.flatten(0, 1).flatten(1, 2), cos, sin).view(raw.shape)
-        self.rotated.index_copy_(2, index, turned)
+        layers = max(1, ROTATED_AT_ONCE // (len(stale) * self.keys[0, :, 0].nbytes))
+        for keys, rotated in zip(self.keys.split(layers), self.rotated.split(layers), strict=True):
+            raw = keys.index_select(2, index)  # [layers, B, n, T, H, D]
+            turned = rotate(raw.flatten(0, 1).flatten(1, 2), cos, sin).view(raw.shape)
+            rotated.index_copy_(2, index, turned)
         for page in stale:
             self.angles[page] = wanted[page]
 

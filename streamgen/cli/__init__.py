@@ -19,7 +19,9 @@ __all__ = ["main"]
 
 COMMANDS = {
     "render": "a prompt, or a timeline of prompts, into a video file",
+    "demo": "a page in the browser: watch a stream, and change its prompt while it plays",
     "train": "run or resume a training recipe",
+    "convert": "a transformer's weights in the layout that another program reads, LoRAs merged",
     "presets": "the published systems that ship as presets, and what each does tick by tick",
     "doctor": "what is installed, which devices and back-ends work here",
 }

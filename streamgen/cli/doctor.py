@@ -1,4 +1,9 @@
-"""`streamgen doctor`: what is installed, what works on this machine, and the line that adds what is missing."""
+"""`streamgen doctor`: what is installed, what works on this machine, and the line that adds what is missing.
+
+With a model: what it will take in memory, whether that is there, and what would fit, before anything is loaded.
+
+    streamgen doctor --model wan-1.3b --preset self-forcing --memory 24 cache.window=12
+"""
 
 from __future__ import annotations
 
@@ -11,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from streamgen.cli.console import table
-from streamgen.cli.parsing import Parser
+from streamgen.cli.parsing import Parser, check_overrides, positive, whole
+from streamgen.errors import InputError
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "omegaconf", "numpy", "imageio", "imageio-ffmpeg")
 EXTRAS = {
     "demo": ("gradio",),
     "train": ("tensorboard", "peft"),
+    "wan": ("ftfy", "gguf", "peft"),
     "video": ("av",),
     "triton": ("triton",),
     "xformers": ("xformers",),
@@ -27,12 +34,34 @@ EXTRAS = {
 def parser(prog: str, description: str) -> Parser:
     out = Parser(prog, description)
     out.add_argument("--json", action="store_true", help="the same, for programs")
+    memory = out.add_argument_group("how much memory a model takes; nothing is loaded")
+    memory.add_argument("--model", help="an embedded model, a name of configs/models such as wan-1.3b, or a folder")
+    memory.add_argument("--preset", metavar="NAME", help="see `streamgen presets`; if not given, the model's own")
+    memory.add_argument("--height", type=whole(1), metavar="PIXELS")
+    memory.add_argument("--width", type=whole(1), metavar="PIXELS")
+    memory.add_argument("--num-frames", type=whole(1), metavar="N", help="length, if the cache keeps every frame (81)")
+    memory.add_argument("--batch", type=whole(1), metavar="N", help="samples side by side (1)")
+    memory.add_argument("--dtype", help="bf16, fp16 or fp32; if not given, bf16 where it is fast, else fp32")
+    memory.add_argument("--codec", metavar="NAME", help="wan = the model's own decoder (default), tiny = TAEHV")
+    memory.add_argument("--tile", type=whole(1), metavar="N", help="decode in tiles of N latents per side")
+    memory.add_argument("--weights", metavar="TYPE", help="fp8 = the transformer's matrices in one byte per value")
+    memory.add_argument("--device", help="auto (cuda > mps > cpu), cpu, cuda, cuda:N, mps")
+    memory.add_argument("--memory", type=positive, metavar="GIB", help="plan for a GPU of this size")
+    out.add_overrides()
     return out
 
 
 def run(args: argparse.Namespace) -> int:
-    report = examine()
-    print(json.dumps(report, indent=2) if args.json else _text(report))
+    if args.model is None:
+        options = {name: value for name, value in vars(args).items() if name not in ("json", "overrides")}
+        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+        if given := [*given, *args.overrides]:
+            raise InputError(f"{given[0]} belongs to the memory estimate: add --model, e.g. --model wan-1.3b")
+        report = examine()
+        print(json.dumps(report, indent=2) if args.json else _text(report))
+        return 0
+    report = examine_memory(args)
+    print(json.dumps(report, indent=2) if args.json else _memory_text(report))
     return 0
 
 
@@ -140,3 +169,104 @@ def _text(report: dict[str, Any]) -> str:
         lines = table(("", ""), items.items()).splitlines()[1:]
         blocks.append("\n".join([title, *(f"  {line}" for line in lines)]))
     return "\n\n".join(blocks)
+
+
+# ---------------------------------------------------------------------------------------------- memory of a model
+PARTS = {
+    "transformers": "transformer weights",
+    "text_encoder": "text encoder weights",
+    "image_encoder": "image encoder weights",
+    "codec": "codec weights",
+    "cache": "keys and values",
+    "text_keys": "keys of the text",
+    "tables": "position tables",
+    "codec_state": "decoder's memory",
+    "runtime": "libraries",
+    "encoding": "encoding a prompt",
+    "forward": "one forward",
+    "rotation": "turning keys",
+    "decoding": "decoding a chunk",
+}
+PASSING = ("encoding", "forward", "rotation", "decoding")
+
+
+def examine_memory(args: argparse.Namespace) -> dict[str, Any]:
+    """What a model takes, what there is and what would fit, as plain Python; sizes in bytes."""
+    from dataclasses import asdict
+
+    import torch
+
+    from streamgen.device import default_dtype, resolve_device, resolve_dtype
+    from streamgen.hub import stream_config
+    from streamgen.memory import describe_model, device_memory, estimate, ways_to_fit
+
+    overrides = check_overrides(args.overrides, "settings are KEY=VALUE, e.g. cache.window=9")
+    settings, geometry = describe_model(args.model)
+    preset = args.preset or settings.preset
+    config = stream_config(preset, settings, overrides)
+    if args.memory is not None and args.device is not None:
+        raise InputError("give either --memory, to plan for a GPU of that size, or --device")
+    device = torch.device("cuda") if args.memory is not None else resolve_device(args.device or "auto")
+    dtype = resolve_dtype(args.dtype) or default_dtype(device)
+    total, free = (int(args.memory * 2**30),) * 2 if args.memory is not None else device_memory(device)
+    height, width = args.height or settings.height, args.width or settings.width
+    if height is None or width is None:
+        raise InputError(f"{args.model} has no size of its own: give --height and --width")
+    frames = None
+    if args.num_frames is not None:
+        frames = 1 + -(-(args.num_frames - 1) // geometry.codec.temporal_ratio)
+    setting = dict(
+        height=height, width=width, batch=args.batch or 1, dtype=dtype, codec=args.codec or "wan", tile=args.tile,
+        weights=args.weights, device=device.type, latent_frames=frames,
+    )  # fmt: skip
+    found = estimate(geometry, config, **setting)
+    ways = ways_to_fit(free, geometry, config, **setting) if found.peak > free else []
+    return {
+        "model": args.model,
+        "preset": preset,
+        "window": config.cache.window,
+        "setting": {**setting, "dtype": str(dtype).removeprefix("torch.")},
+        "bytes": found.parts(),
+        "frames_in_cache": found.frames_in_cache,
+        "tokens_per_frame": found.tokens_per_frame,
+        "peak": found.peak,
+        "peak_released": found.peak_released,
+        "peak_offloaded": found.peak_offloaded,
+        "device": {"name": str(device), "total": total, "free": free},
+        "fits": found.peak <= free,
+        "ways": [asdict(way) for way in ways],
+        "geometry": asdict(geometry),
+    }
+
+
+def _memory_text(report: dict[str, Any]) -> str:
+    setting, device, parts = report["setting"], report["device"], report["bytes"]
+    window = "every frame" if report["window"] == -1 else f"a window of {report['window']} latent frames"
+    head = (
+        f"{report['model']} with {report['preset']} at {setting['height']}×{setting['width']} in {setting['dtype']}: "
+        f"{window}, {report['tokens_per_frame']} tokens per frame, {report['frames_in_cache']} frames in the cache"
+    )
+    stays = [(PARTS[name], _size(size)) for name, size in parts.items() if size and name not in PASSING]
+    passes = [(PARTS[name], _size(parts[name])) for name in PASSING]
+    peaks = [("all on the device", _size(report["peak"]))]
+    if setting["device"] == "cpu":
+        peaks += [("text encoder released after the prompt", _size(report["peak_released"]))]
+    else:
+        peaks += [("text encoder kept in RAM", _size(report["peak_offloaded"]))]
+    blocks = [
+        f"{title}\n" + "\n".join(f"  {line}" for line in table(("", ""), rows).splitlines()[1:])
+        for title, rows in (("what stays", stays), ("what comes and goes", passes), ("peak", peaks))
+    ]
+    free, total = (_size(device[name]).strip() for name in ("free", "total"))
+    there = f"{device['name']}: {free} free of {total}"
+    verdict = f"{there}: it fits" if report["fits"] else f"{there}: it does not fit"
+    if report["ways"]:
+        verdict += "\nit fits with, least costly first"
+        verdict += "".join(f"\n  {_size(way['peak'])}  {' + '.join(way['changes'])}" for way in report["ways"])
+    elif not report["fits"]:
+        verdict += ", and no smaller setting tried here would: take a smaller model or a larger device"
+    return "\n\n".join([head, *blocks, verdict])
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:8.2f} GiB" if count >= 2**29 else f"{count / 2**20:8.1f} MiB"

@@ -34,16 +34,26 @@ class Entry:
     when: str = "0 s"  # as it was written
 
 
-def parse_timeline(text: str, source: str, fps: float) -> list[Entry]:
-    """Entries of a timeline file. Raises InputError naming the entry and what is wrong with it."""
+def parse_timeline(text: str, source: str, fps: float, fresh: bool = True) -> list[Entry]:
+    """Entries of a timeline file; see `timeline_entries`."""
     try:
         items = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    return timeline_entries(items, source, fps, fresh)
+
+
+def timeline_entries(items: object, source: str, fps: float, fresh: bool = True) -> list[Entry]:
+    """A list of {at | frame, prompt, mode, blend} as entries.
+
+    Args:
+        fresh: a new stream, which needs an entry at 0; a continued one does not.
+    Raises: InputError naming the entry and what is wrong with it.
+    """
     if not isinstance(items, list) or not items:
         raise InputError(f"{source} must be a list of entries such as `- {{at: 0, prompt: a red circle}}`")
     entries = [_entry(item, f"{source}, entry {i}", fps) for i, item in enumerate(items, 1)]
-    if entries[0].frame:
+    if fresh and entries[0].frame:
         raise InputError(f"{source} must start at 0, but its first entry is at {entries[0].when}")
     for i, (a, b) in enumerate(zip(entries, entries[1:]), 2):
         if b.frame <= a.frame:
@@ -75,8 +85,13 @@ def _entry(item: object, where: str, fps: float) -> Entry:
     return Entry(frame, prompt, mode, blend, f"{value} s" if key == "at" else f"frame {value}")
 
 
-def check_timeline(entries: Sequence[Entry], num_frames: int, config: StreamConfig, fps: float) -> None:
-    """Refuse what cannot be played in `num_frames`; warn about prompts that no chunk will show."""
+def check_timeline(
+    entries: Sequence[Entry], num_frames: int, config: StreamConfig, fps: float, given: int | None = None
+) -> None:
+    """Refuse what cannot be played in `num_frames`; warn about prompts that no chunk will show.
+
+    `given`: frames a continued stream has in hand before it computes its next chunk; None = a fresh stream.
+    """
     for i, entry in enumerate(entries, 1):
         if entry.frame >= num_frames:
             need = f"--num-frames {entry.frame + 1} or more"
@@ -84,13 +99,13 @@ def check_timeline(entries: Sequence[Entry], num_frames: int, config: StreamConf
             raise InputError(f"timeline entry {i} at {entry.when} is past the end of {end}: give {need}")
         if entry.mode == "recache" and config.cache.window == -1 and config.switch.mode != "recache":
             raise InputError(f"timeline entry {i}: mode recache re-encodes a window: add cache.window=21 or another")
-    for entry in unseen(entries, num_frames, config.chunk.latent_frames):
+    for entry in unseen(entries, num_frames, config.chunk.latent_frames, given):
         log.warning("no chunk begins between the prompt at %s and the next one or the end: not shown", entry.when)
 
 
-def unseen(entries: Sequence[Entry], num_frames: int, chunk: int) -> list[Entry]:
+def unseen(entries: Sequence[Entry], num_frames: int, chunk: int, given: int | None = None) -> list[Entry]:
     """Entries that no chunk shows: another one, or the end, comes before a chunk begins."""
-    pending, shown, start, first = list(entries), [], 0, True
+    pending, shown, start, first = list(entries), [], given or 0, given is None
     while start < num_frames and pending:
         due = [entry for entry in pending if entry.frame <= start]
         if due:

@@ -19,21 +19,32 @@ from streamgen.models.context import AttentionContext
 
 __all__ = ["CausalWanTransformerBlock", "ConditionEmbedder", "PatchEmbedding", "TextKeys", "gelu", "modulate", "widen"]
 
+KeyValue = tuple[Tensor, Tensor]  # of one block's cross-attention, keys normalised
+
 
 @dataclass(frozen=True, slots=True)
 class TextKeys:
-    """Every block's cross-attention keys (normalised) and values, once per prompt: [B, P, L, H, D] per layer."""
+    """Every block's cross-attention keys (normalised) and values, once per prompt: [B, P, L, H, D] per layer.
+
+    Those of the picture, where the model reads one, belong to the sample whatever its prompts: [B, L', H, D] per layer.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    image_keys: tuple[Tensor, ...] = ()
+    image_values: tuple[Tensor, ...] = ()
 
     @property
     def num_prompts(self) -> int:
         return self.keys[0].shape[1]
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+    def layer(self, index: int) -> KeyValue:
         """One block's keys and values, prompts folded into the batch: [B·P, L, H, D]."""
         return self.keys[index].flatten(0, 1), self.values[index].flatten(0, 1)
+
+    def image_layer(self, index: int) -> KeyValue:
+        """One block's keys and values of the picture, [B, L', H, D]."""
+        return self.image_keys[index], self.image_values[index]
 
 
 class RMSNorm(nn.Module):
@@ -140,14 +151,29 @@ class Attention(nn.Module):
         return self.to_out[0](x.flatten(2))
 
 
+class CrossAttention(Attention):
+    """Attention to the text and, in models with an image branch, to a picture's tokens beside it."""
+
+    def __init__(self, dim: int, heads: int, eps: float, strict: bool, image_branch: bool) -> None:
+        super().__init__(dim, heads, eps, strict)
+        if image_branch:
+            self.add_k_proj, self.add_v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_added_k = RMSNorm(dim, eps, strict)
+
+    def image_key_value(self, x: Tensor) -> KeyValue:
+        """An embedded picture [B, L', D] -> keys (normalised) and values, [B, L', H, d] each."""
+        heads = (self.heads, -1)
+        return self.norm_added_k(self.add_k_proj(x)).unflatten(-1, heads), self.add_v_proj(x).unflatten(-1, heads)
+
+
 class FeedForward(nn.Module):
     """Linear, tanh-GELU, linear; the odd nesting is diffusers' naming (`net.0.proj`, `net.2`)."""
 
-    def __init__(self, dim: int, ffn_dim: int) -> None:
+    def __init__(self, dim: int, ffn_dim: int, out_dim: int | None = None) -> None:
         super().__init__()
         first = nn.Module()
         first.proj = nn.Linear(dim, ffn_dim)
-        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(ffn_dim, dim)])
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(ffn_dim, out_dim or dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](gelu(self.net[0].proj(x)))
@@ -163,12 +189,15 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class CausalWanTransformerBlock(nn.Module):
-    """Self-attention through a context, cross-attention to the text, feed-forward; modulated per frame."""
+    """Self-attention through a context, cross-attention to text (and picture), feed-forward; modulated per frame."""
 
-    def __init__(self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float, strict: bool) -> None:
+    def __init__(
+        self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float, strict: bool,
+        image_branch: bool = False,
+    ) -> None:
         super().__init__()
         self.attn1 = Attention(dim, heads, eps, strict)
-        self.attn2 = Attention(dim, heads, eps, strict)
+        self.attn2 = CrossAttention(dim, heads, eps, strict, image_branch)
         self.norm2 = LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
@@ -181,10 +210,11 @@ class CausalWanTransformerBlock(nn.Module):
         time: Tensor,
         layer: int,
         context: AttentionContext,
-        text: Tensor | tuple[Tensor, Tensor],
+        text: Tensor | KeyValue,
         prompts: Tensor | None,
         dtype: torch.dtype,
         stage_only: bool = False,
+        image: Tensor | KeyValue | None = None,
     ) -> Tensor:
         """One block.
 
@@ -195,6 +225,7 @@ class CausalWanTransformerBlock(nn.Module):
             prompts: [B·F], the row of `text` that each frame reads; None = one prompt for all frames.
             dtype: of matrix products and attention.
             stage_only: hand keys and values to the context and stop: nothing reads the rest.
+            image: [B or 1, L', D] the embedded picture, or this block's (keys, values) of it; None = text alone.
         Returns: [B, F, T, D].
         """
         shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = self._levels(time)
@@ -204,7 +235,7 @@ class CausalWanTransformerBlock(nn.Module):
             return x
         h = self.attn1.project(context.attend(layer, *self.attn1.query_key_value(h)))
         x = add_gated(x, h.view(x.shape), gate, self.strict)
-        x = x + self._read_text(self.norm2(x).to(dtype), text, prompts)
+        x = x + self._read_text(self.norm2(x).to(dtype), text, prompts, image)
         h = self.ffn(modulate(x, shift_ffn, scale_ffn, self.eps, self.strict).to(dtype))
         return add_gated(x, h, gate_ffn, self.strict)
 
@@ -216,7 +247,9 @@ class CausalWanTransformerBlock(nn.Module):
         levels[1], levels[4] = 1 + levels[1], 1 + levels[4]
         return tuple(levels)
 
-    def _read_text(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], prompts: Tensor | None) -> Tensor:
+    def _read_text(
+        self, x: Tensor, text: Tensor | KeyValue, prompts: Tensor | None, image: Tensor | KeyValue | None
+    ) -> Tensor:
         """Cross-attention: [B, F, T, D] -> the same."""
         key, value = self.attn2.key_value(text) if isinstance(text, Tensor) else text
         if prompts is None:
@@ -227,7 +260,17 @@ class CausalWanTransformerBlock(nn.Module):
             query = self.attn2.query(x.flatten(0, 1))  # frames as a batch, each with its own text
             key, value = key.index_select(0, prompts), value.index_select(0, prompts)
         out = attend(query, key.to(query.dtype), value.to(query.dtype), backend=self.attention_backend)
+        if image is not None:
+            out = out + self._read_image(query, image, len(x)).reshape(out.shape)
         return self.attn2.project(out).view(x.shape)
+
+    def _read_image(self, query: Tensor, image: Tensor | KeyValue, batch: int) -> Tensor:
+        """The picture has a softmax of its own: every query of a sample reads it, whichever prompt its frame has."""
+        key, value = self.attn2.image_key_value(image) if isinstance(image, Tensor) else image
+        if key.shape[0] != batch:  # one picture for the whole batch
+            key, value = key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
+        query = query.reshape(batch, -1, *query.shape[2:])  # frames were the batch where prompts differ
+        return attend(query, key.to(query.dtype), value.to(query.dtype), backend=self.attention_backend)
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -253,14 +296,49 @@ class _Mlp(nn.Module):
         return self.linear_2(self.activation(self.linear_1(x)))
 
 
-class ConditionEmbedder(nn.Module):
-    """Timesteps and text to what the blocks read."""
+class ImageEmbedding(nn.Module):
+    """A picture's CLIP tokens to rows the blocks read; with `positions` two pictures, told apart by a learnt offset."""
 
-    def __init__(self, dim: int, freq_dim: int, text_dim: int, strict: bool) -> None:
+    def __init__(self, image_dim: int, dim: int, positions: int | None, strict: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = LayerNorm(image_dim, 1e-5), LayerNorm(dim, 1e-5)
+        self.ff = FeedForward(image_dim, image_dim, dim)
+        self.pos_embed = None if positions is None else nn.Parameter(torch.zeros(1, positions, image_dim))
+        self.image_dim, self.strict = image_dim, strict
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, tokens, image_dim] -> [B, L', D]; with positions also [2B, positions / 2, image_dim], pairs adjacent."""
+        x = self._placed(tokens.to(dtype))
+        x = self.norm1(x if self.strict else widen(x)).to(dtype)
+        x = self.ff.net[2](F.gelu(self.ff.net[0].proj(x)))  # the exact GELU here, unlike in the blocks
+        return self.norm2(x if self.strict else widen(x)).to(dtype)
+
+    def _placed(self, x: Tensor) -> Tensor:
+        if x.dim() != 3 or x.shape[-1] != self.image_dim:
+            raise ValueError(f"encoder_hidden_states_image {tuple(x.shape)} should be [B, tokens, {self.image_dim}]")
+        if self.pos_embed is None:
+            return x
+        positions = self.pos_embed.shape[1]
+        if x.shape[1] * 2 != positions and x.shape[1] != positions or x.shape[0] * x.shape[1] % positions:
+            raise ValueError(
+                f"encoder_hidden_states_image {tuple(x.shape)}: this model reads two pictures per sample, "
+                f"[2·B, {positions // 2}, {self.image_dim}] or [B, {positions}, {self.image_dim}]"
+            )
+        return x.reshape(-1, positions, self.image_dim) + self.pos_embed.to(x.dtype)
+
+
+class ConditionEmbedder(nn.Module):
+    """Timesteps, text and picture to what the blocks read."""
+
+    def __init__(
+        self, dim: int, freq_dim: int, text_dim: int, strict: bool, image_dim: int | None = None,
+        image_positions: int | None = None,
+    ) -> None:
         super().__init__()
         self.time_embedder = _Mlp(freq_dim, dim, nn.SiLU())
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.text_embedder = _Mlp(text_dim, dim, nn.GELU(approximate="tanh"))
+        self.image_embedder = None if image_dim is None else ImageEmbedding(image_dim, dim, image_positions, strict)
         self.freq_dim, self.strict = freq_dim, strict
 
     def time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,11 @@ from streamgen.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["clean_name", "config_from", "original_config", "sniff_layout", "to_diffusers_name", "to_original_name"]
+__all__ = [
+    "LAYOUTS", "clean_name", "config_from", "original_config", "sniff_layout", "to_diffusers_name", "to_original_name",
+]  # fmt: skip
+
+LAYOUTS = ("diffusers", "wan", "self-forcing")  # that weights are written in
 
 # (diffusers, original) module paths; {} stands for the block's number. norm2 and norm3 swap: the original counts the
 # FFN's norm, which has no weights, before the cross-attention's.
@@ -180,7 +184,7 @@ def _split_heads(config: dict[str, Any], dim: int | None) -> None:
 
 def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the original layout, from diffusers' key names."""
-    result = {"_class_name": "WanModel", "model_type": "t2v"}
+    result = {"_class_name": "WanModel", "model_type": _original_type(config)}
     result["dim"] = config["num_attention_heads"] * config["attention_head_dim"]
     result["num_heads"], result["in_dim"] = config["num_attention_heads"], config["in_channels"]
     result["out_dim"] = config["out_channels"] or config["in_channels"]
@@ -188,3 +192,11 @@ def original_config(config: Mapping[str, Any]) -> dict[str, Any]:
     result.update({key: config[key] for key in (*shared, "precision")})
     result["qk_norm"] = config["qk_norm"] is not None
     return result
+
+
+def _original_type(config: Mapping[str, Any]) -> str:
+    """The original's name for what a model reads: text, a picture too, or a first and a last one."""
+    if config.get("pos_embed_seq_len") is not None:
+        return "flf2v"
+    pictures = config.get("image_dim") is not None or config["in_channels"] > (config["out_channels"] or 0) > 0
+    return "i2v" if pictures else "t2v"

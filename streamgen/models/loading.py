@@ -8,200 +8,86 @@ Strict: every key is accounted for, and what does not fit is one line that lists
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import pickle
 import re
-import uuid
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from streamgen.device import resolve_dtype
 from streamgen.errors import InputError
-from streamgen.models.layouts import (
-    clean_name,
-    config_from,
-    original_config,
-    sniff_layout,
-    to_diffusers_name,
-    to_original_name,
-)
+from streamgen.models.layouts import clean_name, config_from, sniff_layout, to_diffusers_name
+from streamgen.models.quantised import dequantise, is_quantised
+from streamgen.models.reading import State, first_line, read_source, read_state_dict, some, unwrap
+from streamgen.models.saving import LAYOUTS, save_transformer
 from streamgen.models.transformer import CausalWanTransformer3DModel
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["LAYOUTS", "load_transformer", "read_state_dict", "save_transformer"]
+__all__ = ["LAYOUTS", "cast_weights", "describe", "load_transformer", "read_state_dict", "save_transformer"]
 
-LAYOUTS = ("diffusers", "wan", "self-forcing")
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # the original Wan folders use diffusers' file name as well
 ORIGINAL_TEXT_LEN = 512
-WRAPPER_KEYS = ("generator_ema", "generator", "model", "state_dict")  # in order of preference
-LISTED_KEYS = 8
-
-State = dict[str, Tensor]
+QUANTISED_DTYPE = torch.bfloat16  # what quantised weights become unless told
 
 
 def load_transformer(
-    path_or_state_dict: str | os.PathLike | Mapping[str, Any], config: Mapping[str, Any] | None = None
+    path_or_state_dict: str | os.PathLike | Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
+    *,
+    subfolder: str | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> CausalWanTransformer3DModel:
     """Build the causal transformer from weights in any known layout.
 
     Args:
         path_or_state_dict: a folder (config.json + safetensors, sharded or not; or a pipeline with `transformer/`), a
-            `.safetensors`, `.pt` or `.pth` file, or a state dict. Names may be diffusers', the original's or
-            Self-Forcing's (`generator_ema` is preferred to `generator` and `model`).
+            `.safetensors`, `.pt`, `.pth` or `.gguf` file, or a state dict. Names may be diffusers', the original's or
+            Self-Forcing's (`generator_ema` is preferred to `generator` and `model`). Weights in fp8, with scales or
+            without, and in GGUF's formats are dequantised.
         config: what shapes cannot tell (num_heads, eps, text_len …), in diffusers' or the original's key names; it
             overrides a config.json. Original names default to text_len 512.
-    Returns: the model in eval mode, on the CPU, in the dtypes of the file.
-    Raises: InputError (a ValueError), one line.
+        subfolder: which of a pipeline's transformers, e.g. "transformer_2"; None = "transformer", if there is one.
+        dtype: see `cast_weights`. None = the file's own dtypes, and bfloat16 for quantised files.
+    Returns: the model in eval mode, on the CPU.
+    Raises: InputError (a ValueError), one line; UnavailableError if a GGUF file lacks its reader.
     """
+    dtype = resolve_dtype(dtype)
     own_config: dict[str, Any] = {}
     if isinstance(path_or_state_dict, Mapping):
-        source, raw = "the state dict", _unwrap(path_or_state_dict, "the state dict")
+        source, raw = "the state dict", unwrap(path_or_state_dict, "the state dict")
         raw = {name: tensor.detach().clone() for name, tensor in raw.items()}  # the caller keeps theirs
     else:
         source = str(path_or_state_dict)
-        raw, own_config = _read(Path(path_or_state_dict))
+        raw, own_config = read_source(Path(path_or_state_dict), subfolder)
     names = {name: clean_name(name) for name in raw}
     layout = sniff_layout(names.values())
     if layout is None:
-        raise InputError(f"{source} is not a Wan transformer: its keys are {_some(raw)}")
+        raise InputError(f"{source} is not a Wan transformer: its keys are {some(raw)}")
+    if dtype is None and (source.endswith(".gguf") or is_quantised(raw)):
+        dtype = QUANTISED_DTYPE  # for all of it: such files mix dtypes that cannot be multiplied with each other
     to_ours = to_diffusers_name if layout == "wan" else str
-    state = _rename(raw, lambda name: to_ours(names[name]), source)
+    state = dequantise(raw, dtype or QUANTISED_DTYPE, source)
+    state = _rename(state, lambda name: to_ours(names[name]), source)
     arguments = _complete_config({**own_config, **(config or {})}, state, layout)
-    return _build(arguments, state, source)
+    return _build(arguments, state if dtype is None else _cast(state, dtype), source)
 
 
-def save_transformer(
-    transformer: CausalWanTransformer3DModel, path: str | os.PathLike, layout: str = "diffusers"
-) -> Path:
-    """Write weights in one of `LAYOUTS`; each file appears complete or not at all.
+def cast_weights(transformer: CausalWanTransformer3DModel, dtype: torch.dtype | str) -> CausalWanTransformer3DModel:
+    """Change the weights' dtype in place as diffusers' `from_pretrained` would.
 
-    Args:
-        path: a folder for "diffusers" and "wan" (the same with original names), a file for "self-forcing"
-            (one `.pt` with `generator_ema`; it carries no configuration).
-    Returns: the path.
+    What is small and sensitive (time embedder, modulation, affine norms) keeps float32 if it has it.
     """
-    if layout not in LAYOUTS:
-        raise InputError(f"unknown layout {layout!r}; choose from {', '.join(LAYOUTS)}")
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in transformer.state_dict().items()}
-    if any(".lora_" in name or ".base_layer." in name for name in state):
-        raise InputError("the transformer has LoRA layers; fuse and unload them, or delete the adapters, before saving")
-    path = Path(path)
-    if layout == "self-forcing":
-        state = {f"model.{to_original_name(name)}": tensor for name, tensor in state.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, lambda temporary: torch.save({"generator_ema": state}, temporary))
-        return path
-    text = transformer.to_json_string()
-    if layout == "wan":
-        state = {to_original_name(name): tensor for name, tensor in state.items()}
-        text = json.dumps(original_config(transformer.config), indent=2, sort_keys=True) + "\n"
-    if path.is_file():
-        raise InputError(f"{path} is a file; layout {layout!r} writes a folder")
-    path.mkdir(parents=True, exist_ok=True)
-    _replace(path / WEIGHTS_NAME, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
-    _replace(path / "config.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    (path / f"{WEIGHTS_NAME}.index.json").unlink(missing_ok=True)  # of an earlier, sharded model: readers prefer it
-    return path
+    transformer.load_state_dict(_cast(transformer.state_dict(), resolve_dtype(dtype)), assign=True)
+    return transformer
 
 
-def read_state_dict(path: str | os.PathLike) -> State:
-    """Tensors of one `.safetensors`, `.pt` or `.pth` file under their own names, taken out of `generator_ema` etc."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as failure:
-            raise InputError(f"{path} is truncated or not a safetensors file ({_first_line(failure)})") from failure
-    return _unwrap(_torch_load(path), str(path))
-
-
-# --- reading
-
-
-def _read(path: Path) -> tuple[State, dict[str, Any]]:
-    """Raw tensors and the configuration beside them."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
-    if path.is_file():
-        return read_state_dict(path), {}
-    if (path / "transformer").is_dir():
-        path = path / "transformer"
-    config: dict[str, Any] = {}
-    if (path / "config.json").is_file():
-        config = _read_json(path / "config.json")
-    return _read_folder(path), config
-
-
-def _read_folder(folder: Path) -> State:
-    index = folder / f"{WEIGHTS_NAME}.index.json"
-    if index.is_file():
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing:
-            raise InputError(f"{folder} lacks {_some(missing)} named in {index.name}; download the folder again")
-        files = [folder / shard for shard in shards]
-    else:
-        files = [folder / WEIGHTS_NAME] if (folder / WEIGHTS_NAME).is_file() else sorted(folder.glob("*.safetensors"))
-        if len(files) > 1:
-            raise InputError(f"{folder} has several safetensors files and no {index.name}; name the one to load")
-    if not files:
-        raise InputError(f"{folder} has no safetensors weights; expected {WEIGHTS_NAME}, sharded or not")
-    state: State = {}
-    for file in files:
-        state.update(read_state_dict(file))
-    return state
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as failure:
-        raise InputError(f"{path} is not valid JSON ({_first_line(failure)})") from failure
-    if not isinstance(content, dict):
-        raise InputError(f"{path} should hold a JSON object")
-    return content
-
-
-def _torch_load(path: Path) -> Any:
-    try:
-        # memory-mapped where the format allows: a checkpoint with critic and optimiser is read only as far as needed
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as failure:  # torch's own text advises to switch the protection off: not passed on
-        with open(path, "rb") as file:
-            pickled = file.read(2) in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
-        if pickled:
-            name = re.search(r"GLOBAL ([\w.]+)", str(failure))
-            what = f"pickled code ({name.group(1)})" if name else "pickled code or objects"
-            raise InputError(f"{path} contains {what}, which is never run; save its tensors alone first") from failure
-        raise InputError(f"{path} is not a checkpoint") from failure
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as failure:
-        raise InputError(f"{path} is truncated or not a checkpoint") from failure
-
-
-def _unwrap(content: Any, source: str) -> State:
-    """Follow generator_ema, generator, model down to the dict of tensors."""
-    while isinstance(content, Mapping):
-        nested = [key for key in WRAPPER_KEYS if isinstance(content.get(key), Mapping)]
-        if not nested:
-            break
-        content = content[nested[0]]
-    if not isinstance(content, Mapping) or not content:
-        raise InputError(f"{source} is not a checkpoint: it holds no dict of tensors but {type(content).__name__}")
-    others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-    if others:
-        raise InputError(f"{source} is not a state dict: {_some(others)} are no tensors")
-    return dict(content)
+def _cast(state: State, dtype: torch.dtype) -> State:
+    wide = set(CausalWanTransformer3DModel._keep_in_fp32_modules)
+    kept = {name for name, tensor in state.items() if tensor.dtype == torch.float32 and wide & set(name.split("."))}
+    return {name: tensor if name in kept else tensor.to(dtype) for name, tensor in state.items()}
 
 
 def _rename(raw: State, rename: Callable[[str], str], source: str) -> State:
@@ -241,6 +127,13 @@ def _config_from_shapes(state: State, patch_size) -> dict[str, Any]:
         if shape := _shape(state, name, 2):
             result[key] = shape[1]
             result.setdefault("dim", shape[0])
+    for key, name, axis, dims in (
+        ("image_dim", "condition_embedder.image_embedder.norm1.weight", 0, 1),
+        ("added_kv_proj_dim", "blocks.0.attn2.add_k_proj.weight", 1, 2),
+        ("pos_embed_seq_len", "condition_embedder.image_embedder.pos_embed", 1, 3),
+    ):
+        if shape := _shape(state, name, dims):
+            result[key] = shape[axis]
     if shape := _shape(state, "blocks.0.ffn.net.0.proj.weight", 2):
         result["ffn_dim"] = shape[0]
     if shape := _shape(state, "proj_out.weight", 2):
@@ -257,13 +150,12 @@ def _shape(state: State, name: str, dims: int) -> tuple[int, ...] | None:
 
 
 def _build(arguments: dict[str, Any], state: State, source: str) -> CausalWanTransformer3DModel:
-    if any(".add_k_proj." in name or ".image_embedder." in name for name in state):
-        raise InputError(f"{source} is an image-to-video model with a CLIP branch, which is not supported yet")
+    state = {name: tensor for name, tensor in state.items() if ".norm_added_q." not in name}  # nothing reads it
     try:
         with torch.device("meta"):
             model = CausalWanTransformer3DModel(**arguments)
     except (ValueError, TypeError) as failure:
-        raise InputError(f"{source} cannot be built: {_first_line(failure)}") from failure
+        raise InputError(f"{source} cannot be built: {first_line(failure)}") from failure
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
@@ -273,38 +165,16 @@ def _build(arguments: dict[str, Any], state: State, source: str) -> CausalWanTra
         if name in state and tuple(state[name].shape) != shape
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
-    problems = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names]
+    problems = [f"{len(names)} {kind}: {some(names)}" for kind, names in kinds if names]
     if problems:
-        raise InputError(f"{source} does not fit a {_describe(arguments)}: {'; '.join(problems)}")
+        raise InputError(f"{source} does not fit a {describe(arguments)}: {'; '.join(problems)}")
     model.load_state_dict(state, strict=True, assign=True)
-    logger.info("loaded %s: a %s", source, _describe(arguments))
+    logger.info("loaded %s: a %s", source, describe(arguments))
     return model.eval()
 
 
-def _describe(arguments: Mapping[str, Any]) -> str:
+def describe(arguments: Mapping[str, Any]) -> str:
+    """The size of a model in words, from its configuration."""
     config = {"num_attention_heads": 40, "attention_head_dim": 128, "num_layers": 40, **arguments}
     heads, size = config["num_attention_heads"], config["attention_head_dim"]
     return f"Wan transformer of {config['num_layers']} blocks, width {heads * size}, {heads} heads"
-
-
-# --- small things
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path`, then rename over it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _some(names) -> str:
-    names = list(names)
-    rest = len(names) - LISTED_KEYS
-    return ", ".join(names[:LISTED_KEYS]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _first_line(failure: BaseException) -> str:
-    return f"{type(failure).__name__}: {str(failure).strip()}".partition("\n")[0][:200]

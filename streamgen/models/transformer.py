@@ -45,6 +45,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
         precision: "mixed" runs matrix products in the weights' dtype (or autocast's) and norms, modulation, gates and
             the residual stream in float32; "strict" rounds every step to the weights' dtype, like Self-Forcing in bf16.
 
+    Image-to-video models read a picture in two ways: as more input channels (`in_channels` > `out_channels`), and some
+    through CLIP tokens (`image_dim` and `added_kv_proj_dim`; `pos_embed_seq_len` where there is a last picture too).
     `rope_max_seq_len` is kept for compatibility: positions have no end here.
     """
 
@@ -52,7 +54,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
     _no_split_modules = ["CausalWanTransformerBlock"]
     _repeated_blocks = ["CausalWanTransformerBlock"]
     _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "norm"]
-    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm2"]
+    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2"]
     _keys_to_ignore_on_load_unexpected = ["norm_added_q"]
 
     @register_to_config
@@ -78,23 +80,21 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
         precision: str = "mixed",
     ) -> None:
         super().__init__()
-        if image_dim is not None or added_kv_proj_dim is not None or pos_embed_seq_len is not None:
-            raise ValueError(
-                "image_dim, added_kv_proj_dim and pos_embed_seq_len configure Wan's CLIP image branch, which is not "
-                "supported yet; leave them None (in_channels may differ from out_channels)"
-            )
         if qk_norm != "rms_norm_across_heads":
             raise ValueError(f"qk_norm {qk_norm!r} is not supported; every Wan2.1 model uses 'rms_norm_across_heads'")
         if precision not in ("mixed", "strict"):
             raise ValueError(f"precision {precision!r} is unknown; choose 'mixed' or 'strict'")
         dim = num_attention_heads * attention_head_dim
+        _check_image_branch(dim, image_dim, added_kv_proj_dim, pos_embed_seq_len)
         strict = precision == "strict"
         patch_size = tuple(patch_size)
         self.rope = RotaryEmbedding(attention_head_dim)
         self.patch_embedding = PatchEmbedding(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, strict)
+        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, strict, image_dim, pos_embed_seq_len)
         self.blocks = nn.ModuleList(
-            CausalWanTransformerBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, strict)
+            CausalWanTransformerBlock(
+                dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, strict, image_dim is not None
+            )
             for _ in range(num_layers)
         )
         self.proj_out = nn.Linear(dim, (out_channels or in_channels) * math.prod(patch_size))
@@ -144,19 +144,24 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
         chosen = dtype or torch_dtype
         return model if chosen is None else model.to(chosen)
 
-    def text_keys(self, encoder_hidden_states: Tensor) -> TextKeys:
-        """Text MLP and every block's cross-attention keys and values, once per prompt.
+    def text_keys(self, encoder_hidden_states: Tensor, encoder_hidden_states_image: Tensor | None = None) -> TextKeys:
+        """Text MLP and every block's cross-attention keys and values, once per prompt; the picture's with them.
 
         Args:
             encoder_hidden_states: [B, L, D] or [B, P, L, D]; B may be 1 for any batch.
+            encoder_hidden_states_image: [B', tokens, image_dim] for models with an image branch; B' may be 1 as well.
         """
-        prompts = _with_prompt_axis(encoder_hidden_states)
-        text = self.condition_embedder.text(prompts, self.text_len, self._compute_dtype())
+        prompts, dtype = _with_prompt_axis(encoder_hidden_states), self._compute_dtype()
+        image = self._embed_image(encoder_hidden_states_image, dtype)
+        text = self.condition_embedder.text(prompts, self.text_len, dtype)
         pairs = [block.attn2.key_value(text) for block in self.blocks]
+        seen = [] if image is None else [block.attn2.image_key_value(image) for block in self.blocks]
         split = (-1, prompts.shape[1])
         return TextKeys(
             keys=tuple(key.unflatten(0, split) for key, _ in pairs),
             values=tuple(value.unflatten(0, split) for _, value in pairs),
+            image_keys=tuple(key for key, _ in seen),
+            image_values=tuple(value for _, value in seen),
         )
 
     def forward(
@@ -181,6 +186,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
             hidden_states: [B, C, F, H, W] noisy latents, any size the patch divides.
             timestep: model time 0 to 1000: one number, [B], or [B, F]; [B, 1] = one for all frames, the fastest form.
             encoder_hidden_states: text, [B, L, D] or [B, P, L, D] for P prompts; None if `text_keys` is given.
+            encoder_hidden_states_image: CLIP tokens, [B or 1, tokens, image_dim], for models with an image branch; a
+                sample's frames share them. None if `text_keys` is given.
             attention_kwargs: {"scale": s} scales LoRA layers during this call.
             prompt_index: [B, F], the prompt of each frame; needed when P > 1.
             frame_positions: [F] or [B, F], temporal positions; default 0 … F-1.
@@ -190,20 +197,18 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
             commit_only: give the context every layer's keys and values, skip what nothing reads, return None.
         Returns: the flow velocity [B, C, F, H, W] in the weights' dtype, as `.sample` or a 1-tuple.
         """
-        if encoder_hidden_states_image is not None:
-            raise ValueError("encoder_hidden_states_image needs Wan's CLIP image branch, which is not supported yet")
         with _lora_scale(self, attention_kwargs):
             output = self._forward(
-                hidden_states, timestep, encoder_hidden_states, prompt_index, frame_positions, frame_mask, context,
-                text_keys, commit_only,
+                hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, prompt_index,
+                frame_positions, frame_mask, context, text_keys, commit_only,
             )
         if output is None:
             return None
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _forward(
-        self, hidden_states, timestep, prompt_embeds, prompt_index, frame_positions, frame_mask, context, text_keys,
-        commit_only: bool,
+        self, hidden_states, timestep, prompt_embeds, image_embeds, prompt_index, frame_positions, frame_mask, context,
+        text_keys, commit_only: bool,
     ) -> Tensor | None:
         dtype = self._compute_dtype()
         grid = self._grid(hidden_states)
@@ -212,11 +217,12 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
         x = x if self.strict else widen(x)
         head_time, time = self.condition_embedder.time(_per_frame(timestep, x), dtype)
         text, prompts = self._text(prompt_embeds, text_keys, prompt_index, x, dtype)
+        image = self._image(image_embeds, text_keys, x.shape[0], dtype)
         if context is None:
             context = self._dense_context(grid, x.device, frame_positions, frame_mask)
         elif frame_positions is not None or frame_mask is not None:
             raise ValueError("frame_positions and frame_mask belong to the context when one is given")
-        x = self._run_blocks(x, time, context, text, prompts, dtype, commit_only)
+        x = self._run_blocks(x, time, context, text, prompts, image, dtype, commit_only)
         return None if commit_only else self._head(x, head_time, grid, dtype)
 
     def _compute_dtype(self) -> torch.dtype:
@@ -265,12 +271,38 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
             rows = rows + torch.arange(batch, device=x.device).unsqueeze(1) * num_prompts
         return text, rows.flatten()
 
-    def _run_blocks(self, x, time, context, text, prompts, dtype, commit_only: bool) -> Tensor:
+    def _image(self, image_embeds, text_keys, batch: int, dtype) -> Tensor | TextKeys | None:
+        """What blocks read of the picture; None where the model reads text alone."""
+        if text_keys is None:
+            image = self._embed_image(image_embeds, dtype)
+            images = batch if image is None else image.shape[0]
+        elif image_embeds is not None:
+            raise ValueError("text_keys hold the picture already: give no encoder_hidden_states_image with them")
+        else:
+            image = text_keys if text_keys.image_keys else None
+            images = batch if image is None else text_keys.image_keys[0].shape[0]
+        if images not in (1, batch):
+            raise ValueError(f"pictures for a batch of {images} do not fit latents for a batch of {batch}")
+        return image
+
+    def _embed_image(self, image_embeds: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """[B, tokens, image_dim] -> [B, L', D]; a picture and an image branch need each other."""
+        embedder = self.condition_embedder.image_embedder
+        if (embedder is None) != (image_embeds is None):
+            raise ValueError(
+                "encoder_hidden_states_image is for models with an image branch; this one has none (image_dim is None)"
+                if embedder is None
+                else "this model reads a picture beside the text: give encoder_hidden_states_image"
+            )
+        return None if embedder is None else embedder(image_embeds, dtype)
+
+    def _run_blocks(self, x, time, context, text, prompts, image, dtype, commit_only: bool) -> Tensor:
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             own = text.layer(layer) if isinstance(text, TextKeys) else text
-            args = (x, time, layer, context, own, prompts, dtype, commit_only and layer == last)
+            seen = image.image_layer(layer) if isinstance(image, TextKeys) else image
+            args = (x, time, layer, context, own, prompts, dtype, commit_only and layer == last, seen)
             x = self._gradient_checkpointing_func(block, *args) if checkpointing else block(*args)
         return x
 
@@ -281,6 +313,18 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
         # [B, F, T, pt·ph·pw·C], channels fastest -> [B, C, F·pt, h·ph, w·pw]
         x = x.reshape(x.shape[0], *grid, *self.patch_size, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _check_image_branch(
+    dim: int, image_dim: int | None, added_kv_proj_dim: int | None, pos_embed_seq_len: int | None
+) -> None:
+    """diffusers' three settings of the image branch, as far as they depend on each other."""
+    if (image_dim is None) != (added_kv_proj_dim is None):
+        raise ValueError("image_dim and added_kv_proj_dim make the image branch together: give both or neither")
+    if added_kv_proj_dim not in (None, dim):
+        raise ValueError(f"added_kv_proj_dim {added_kv_proj_dim} should be the width {dim}, as in every Wan model")
+    if pos_embed_seq_len is not None and image_dim is None:
+        raise ValueError("pos_embed_seq_len belongs to the image branch: give image_dim and added_kv_proj_dim with it")
 
 
 def _with_prompt_axis(prompt_embeds: Tensor) -> Tensor:

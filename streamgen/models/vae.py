@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 State = dict[int, Tensor]  # index of a temporal block -> its input of the last frame seen, [B, C, H, W]
@@ -39,7 +40,7 @@ class ResBlock(nn.Module):
         if self.temporal:
             frames = x.unflatten(0, (batch, -1))  # [B, T, C, H, W]
             first = torch.zeros_like(frames[:, 0]) if last is None else last
-            new = frames[:, -1]
+            new = frames[:, -1].clone()  # a view would keep the whole chunk alive, and in saved states
             before = torch.cat([first[:, None], frames[:, :-1]], 1).flatten(0, 1)
             y = torch.cat([x, before], 1)
         return x + self.conv2(F.silu(self.conv1(F.silu(y)))), new
@@ -128,6 +129,10 @@ class StreamingVAE(ModelMixin, ConfigMixin):
         """Pixel frames per latent frame."""
         return TIME
 
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
     def _run(self, layers: nn.ModuleList, x: Tensor, batch: int, state: State | None) -> tuple[Tensor, State]:
         new: State = {}
         x = x.contiguous(memory_format=torch.channels_last)
@@ -171,12 +176,14 @@ class StreamingVAE(ModelMixin, ConfigMixin):
         std = torch.tensor(self.config.latents_std or [1.0] * channels, device=like.device, dtype=torch.float32)
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
+    @apply_forward_hook
     def encode(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Frames in [-1, 1] -> normalised latents (the posterior mean) and the new state; shapes as in `moments`."""
         mean, _, state = self.moments(frames.to(self.dtype), state)
         shift, scale = self._scale(mean)
         return (mean.float() - shift) / scale, state
 
+    @apply_forward_hook
     def decode(self, latents: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Normalised latents -> frames in [-1, 1] and the new state; shapes as in `reconstruct`."""
         shift, scale = self._scale(latents)

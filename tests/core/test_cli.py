@@ -170,9 +170,8 @@ def test_render_writes_exactly_the_frames_asked_for(render):
     assert frames.shape == (23, 32, 64, 3) and info.fps == 16
 
 
-def test_render_to_gif_folder_and_a_name_of_its_own(render, tmp_path):
-    (tmp_path / "prompt.txt").write_text(f"\n  {PROMPT}  \nsecond line\n")
-    assert render("--prompt-file", "prompt.txt", "--seconds", 0.5, "-q") == (0, "a-red-circle-bouncing.mp4\n", "")
+def test_render_to_gif_folder_and_a_name_of_its_own(render):
+    assert render("--prompt", PROMPT, "--seconds", 0.5, "-q") == (0, "a-red-circle-bouncing.mp4\n", "")
     assert len(read_video("a-red-circle-bouncing.mp4")) == 8
     for name in ("clip.gif", "frames/"):
         assert render("--prompt", PROMPT, "--num-frames", 5, "-o", name, "-q") == (0, f"{name}\n", "")

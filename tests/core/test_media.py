@@ -14,7 +14,8 @@ import pytest
 
 from streamgen import media
 from streamgen.errors import InputError
-from streamgen.media import MediaError, Pacer, open_sink, read_video
+from streamgen.media import MediaError, Pacer, RawSink, open_sink, read_video
+from streamgen.media.video import _has_hybrid, ffmpeg_exe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,6 +94,20 @@ def test_folder_of_frames_is_exact(tmp_path):
         open_sink(sink.path)
 
 
+def test_raw_frames_are_the_bytes_and_a_reader_that_leaves_is_a_broken_pipe(tmp_path):
+    frames = moving_blocks(5)
+    with open(tmp_path / "raw", "wb") as file, RawSink(file) as sink:
+        sink.write(frames)
+    assert sink.frames == 5 and (tmp_path / "raw").read_bytes() == frames.tobytes()
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(BrokenPipeError), open(writer, "wb") as file, RawSink(file) as sink:
+        sink.write(frames)
+    if Path("/dev/full").exists():
+        with pytest.raises(MediaError, match="frame 0: No space left"), open("/dev/full", "wb") as file:
+            RawSink(file).write(frames)
+
+
 def test_quality_is_size(tmp_path):
     for quality in (2, 9):
         with open_sink(tmp_path / f"{quality}.mp4", quality=quality) as sink:
@@ -101,7 +116,7 @@ def test_quality_is_size(tmp_path):
 
 
 def test_clean_close_leaves_an_ordinary_mp4(tmp_path):
-    if not media._has_hybrid(media._ffmpeg()):
+    if not _has_hybrid(ffmpeg_exe()):
         pytest.skip("this ffmpeg is older than 7.1: the file stays fragmented")
     path = tmp_path / "clip.mp4"
     with open_sink(path) as sink:

@@ -395,7 +395,7 @@ def test_unsupported_configurations_are_refused(changes):
         (dict(encoder_hidden_states=draw(1, 2, 7, 20)), "prompt_index"),
         (dict(encoder_hidden_states=draw(3, 7, 20)), "batch"),
         (dict(encoder_hidden_states=None), "text_keys"),
-        (dict(encoder_hidden_states_image=draw(1, 1, 8)), "not supported yet"),
+        (dict(encoder_hidden_states_image=draw(1, 1, 8)), "image_dim is None"),
     ],
 )
 def test_wrong_inputs_are_named(arguments, message):
