@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamgen.cache.plan import FLIGHT, Group, Plan, Segment
+from streamgen.cache.plan import FLIGHT, Fold, Group, Plan, Segment
 from streamgen.kernels.attention import attend
 from streamgen.kernels.rope import rotate
 from streamgen.models.rope import RotaryEmbedding
@@ -49,6 +49,7 @@ class KVStore:
         self.values = torch.zeros_like(self.keys)
         self.rotated = torch.zeros_like(self.keys)
         self.angles: list[tuple[float, float] | None] = [None] * pages  # (position, phase) each page is rotated to
+        self.sums: dict[tuple[str, int], Tensor] = {}  # float32 state of folded pages
         self._forget_views()
 
     def _forget_views(self) -> None:
@@ -58,7 +59,8 @@ class KVStore:
 
     @property
     def nbytes(self) -> int:
-        return 3 * self.keys.numel() * self.keys.element_size()
+        sums = sum(tensor.numel() * tensor.element_size() for tensor in self.sums.values())
+        return 3 * self.keys.numel() * self.keys.element_size() + sums
 
     def rotate_pages(self, rope: RotaryEmbedding, wanted: dict[int, tuple[float, float]]) -> None:
         """Bring the rotated copy of these pages to (position, phase)."""
@@ -78,6 +80,7 @@ class KVStore:
 
     def publish(self, plan: Plan) -> None:
         """Make a finished call's frames visible: tentative pages -> their own."""
+        self._fold(plan.folds)
         if not plan.writes:
             return
         source = torch.tensor([self.pages + w.index for w in plan.writes], device=self.keys.device)
@@ -86,6 +89,19 @@ class KVStore:
             tensor.index_copy_(2, target, tensor.index_select(2, source))
         for write in plan.writes:
             self.angles[write.page] = None
+            for name in ("keys", "values"):
+                self.sums.pop((name, write.page), None)
+
+    def _fold(self, folds: Sequence[Fold]) -> None:
+        """Blend pages into pages; sums in float32 are kept beside the page they are rounded to."""
+        for fold in folds:
+            for name, tensor in (("keys", self.keys), ("values", self.values)):
+                target = self.sums.get((name, fold.target), tensor[:, :, fold.target].float())
+                target = torch.lerp(tensor[:, :, fold.source].float(), target, fold.decay)
+                if fold.precision == "fp32":
+                    self.sums[name, fold.target] = target
+                tensor[:, :, fold.target] = target
+            self.angles[fold.target] = None
 
     def bind(self, plan: Plan, rope: RotaryEmbedding) -> CacheContext:
         return CacheContext(self, plan, rope)
@@ -95,17 +111,22 @@ class KVStore:
         other = object.__new__(KVStore)
         other.geometry, other.pages, other.flight = self.geometry, self.pages, self.flight
         other.keys, other.values, other.rotated = self.keys.clone(), self.values.clone(), self.rotated.clone()
-        other.angles = list(self.angles)
+        other.angles, other.sums = list(self.angles), dict(self.sums)
         other._forget_views()
         return other
 
     def state_dict(self) -> dict:
         """Keys and values of the persistent pages; the rotated copy follows from them."""
-        return {"keys": self.keys[:, :, : self.pages].clone(), "values": self.values[:, :, : self.pages].clone()}
+        return {
+            "keys": self.keys[:, :, : self.pages].clone(),
+            "values": self.values[:, :, : self.pages].clone(),
+            "sums": dict(self.sums),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.keys[:, :, : self.pages] = state["keys"]
         self.values[:, :, : self.pages] = state["values"]
+        self.sums = {key: tensor.to(self.keys.device) for key, tensor in state["sums"].items()}
         self.angles = [None] * self.pages
 
 

@@ -8,6 +8,7 @@ to 100 tokens) the number of operations costs as much as the arithmetic, hence t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,13 @@ class TextKeys:
     @property
     def num_prompts(self) -> int:
         return self.keys[0].shape[1]
+
+    @classmethod
+    def join(cls, parts: Sequence[TextKeys]) -> TextKeys:
+        """The prompts of several beside each other; all for the same batch."""
+        keys = (torch.cat(layer, 1) for layer in zip(*(part.keys for part in parts), strict=True))
+        values = (torch.cat(layer, 1) for layer in zip(*(part.values for part in parts), strict=True))
+        return cls(tuple(keys), tuple(values))
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """One block's keys and values, prompts folded into the batch: [B·P, L, H, D]."""
