@@ -130,6 +130,8 @@ class CacheConfig:
     `window` = sink + recent + flight, what a call may read; `capacity`, what is kept (None = the window).
     `commit_reads`: "same" as the steps, or "tail" = the last `window` frames with no sink before them.
     `ema_decay`: frames that leave the window are folded into the sink, α·sink + (1 - α)·frame.
+    `anchors`: chunks kept for good, each the first one of a prompt; `anchor_every`: one of so many chunks instead, seen
+    once `anchor_switch` has left the window.
     """
 
     policy: str = "window"
@@ -139,14 +141,18 @@ class CacheConfig:
     commit_reads: str = "same"
     ema_decay: float | None = None
     ema_precision: str = "fp32"
+    anchors: int = 0
+    anchor_every: int | None = None
+    anchor_switch: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class PositionsConfig:
-    """`rule`: see `streamgen.cache.positions`."""
+    """`rule`: see `streamgen.cache.positions`; `span`: temporal positions the model was trained on."""
 
     rule: str = "absolute"
+    span: int = 21
 
 
 @dataclass

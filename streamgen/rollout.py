@@ -240,9 +240,9 @@ class Rollout:
     def _begin(self, chunk: int) -> None:
         per_chunk = self.engine.config.chunk.latent_frames
         frames = range(chunk * per_chunk, (chunk + 1) * per_chunk)
-        due = [text for frame, text in self.switches if frame <= frames.start]
+        due = [(frame, text) for frame, text in self.switches if frame <= frames.start]
         if due:  # of several that fell into one chunk the newest counts
-            self.switch(due[-1], self.engine.config.switch.mode)
+            self.switch(due[-1][1], self.engine.config.switch.mode, requested=due[-1][0])
             self.switches = self.switches[len(due) :]
         channels = None if self.channels is None else self.channels.frames(frames)
         self.flight[chunk] = Flight(self._noise("initial", frames, 0), frames, self.text, channels=channels)
@@ -278,12 +278,15 @@ class Rollout:
             self._clean(tick, call, call.rows[0], flight.x, flight.channels, [flight.frames], flight.text)
             self.pending.pop(0)
 
-    def switch(self, prompt_embeds: Tensor, mode: str, epoch: int | None = None) -> None:
+    def switch(
+        self, prompt_embeds: Tensor, mode: str, epoch: int | None = None, requested: int | None = None
+    ) -> None:
         """A new prompt from the next chunk on; what is owed is committed under the old one first.
 
         Args:
             mode: keep (text alone) | recache (recent frames are encoded again under the new text) | cut (recent
                 frames are dropped; the sink and the frame count stay). A reset is a new `Rollout`.
+            requested: the latent frame the user named; None = the one it takes effect at.
         """
         if mode == "reset":
             raise InputError("a reset begins a new stream: use keep, recache or cut here, or reset a session")
@@ -293,10 +296,12 @@ class Rollout:
             self._clean(self.next_tick, call, call.rows[0], flight.x, flight.channels, [flight.frames], flight.text)
         epoch = self.text.epoch + 1 if epoch is None else epoch
         text = self.engine.text(prompt_embeds, self.negative, self.batch, epoch, self.image)
-        frames = self.policy.switch(mode)
+        requested = self.next_frame if requested is None else requested
+        frames = self.policy.switch(mode, requested)
         self._plans = {}
         if frames is not None:
             self._recache(frames, text)
+        self.policy.switched(mode, requested)
         self.text = text
         if self.engine.config.switch.in_flight == "follow":
             for flight in self.flight.values():
@@ -437,6 +442,7 @@ class Rollout:
                 fresh: Callable[[], Tensor] = lambda f=flight, p=slot.p_in: self._noise("renoise", f.frames, p)  # noqa: E731
                 flight.x, flight.p = self.engine.ladder(slot.chunk).step(flight.x, part, slot.p_in, fresh), slot.p_out
         published = [f for slot, part in zip(row.slots, frames, strict=True) if slot.publish for f in part]
+        self.stores[expert].stage(plan)
         if published:
             self._publish([(self.stores[expert], plan, context)], published)
         self.timings.add("denoise", begin)
@@ -474,7 +480,7 @@ class Rollout:
         """Plans and their angles are shared by all steps of a chunk; training binds each forward anew."""
         if isinstance(self.store, GraphStore):
             return self._bind(call, row, frames, expert)
-        key = (call.kind, row, frames, expert) if any(s.publish for s in row.slots) else (row.lane, frames, expert)
+        key = (row.lane, frames, expert, self.policy.variant(row))
         if key not in self._plans:
             self._plans[key] = self._bind(call, row, frames, expert)
         return self._plans[key]

@@ -4,10 +4,12 @@
 """
 
 from streamgen.cache.plan import Fold, Group, Plan, Segment, Write
+from streamgen.cache.anchors import AnchorPolicy
 from streamgen.cache.policies import CachePolicy, Sizes, WindowPolicy, register_policy
 from streamgen.cache.store import CacheContext, GraphStore, KVStore
 
 __all__ = [
+    "AnchorPolicy",
     "CacheContext",
     "CachePolicy",
     "Fold",

@@ -70,11 +70,15 @@ class Fold:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All groups of a row, and what becomes visible to others when the call is committed: folds first, then writes."""
+    """All groups of a row, and what becomes visible to others when the call is committed: folds first, then writes.
+
+    `stages`: written as soon as the call is through, read by later calls of the same chunk alone.
+    """
 
     groups: tuple[Group, ...]
     writes: tuple[Write, ...] = ()
     folds: tuple[Fold, ...] = ()
+    stages: tuple[Write, ...] = ()
 
     def signature(self) -> tuple:
         """Shapes alone: two plans with one signature can share a captured graph."""

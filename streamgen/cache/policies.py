@@ -46,8 +46,19 @@ class CachePolicy(Protocol):
         """These frames are now in their pages."""
         ...
 
-    def switch(self, mode: str) -> range | None:
-        """A new prompt takes effect: which committed frames are to be re-encoded under it (None = none)."""
+    def switch(self, mode: str, requested: int) -> range | None:
+        """A new prompt takes effect at the next chunk: which committed frames are to be re-encoded (None = none).
+
+        Called before they are; `switched` afterwards. `requested`: the latent frame the user named.
+        """
+        ...
+
+    def switched(self, mode: str, requested: int) -> None:
+        """The new prompt is in effect."""
+        ...
+
+    def variant(self, row: Row) -> object:
+        """What a plan depends on besides a row's frames: steps of a chunk with equal variants share one plan."""
         ...
 
     def state_dict(self) -> dict: ...
@@ -64,6 +75,7 @@ class WindowOptions:
             in a row, the sink among them only while it still is (Rolling Forcing's release).
         ema_decay: frames that leave are folded into the sink with this decay (Reward Forcing, arXiv:2512.04678).
         ema_precision: "fp32" keeps the fold's sums apart, "cache" in the cache's dtype as released.
+        span: temporal positions the model was trained on.
         switch_sink: at a switch "keep" the sink, or "replace" it by the first frames that are re-encoded.
     """
 
@@ -75,6 +87,7 @@ class WindowOptions:
     ema_decay: float | None = None
     ema_precision: str = "fp32"
     switch_sink: str = "keep"
+    span: int = 21
 
     def __post_init__(self) -> None:
         if self.sink < 0:
@@ -104,13 +117,15 @@ class WindowOptions:
         cache = config.cache
         return cls(
             cache.window, cache.sink, config.positions.rule, cache.capacity, cache.commit_reads, cache.ema_decay,
-            cache.ema_precision, config.switch.sink,
+            cache.ema_precision, config.switch.sink, config.positions.span,
         )  # fmt: skip
 
 
 @register_policy("window", WindowOptions)
 class WindowPolicy:
     """A sink and the most recent frames (StreamingLLM's sinks in LongLive's form, arXiv:2509.22622)."""
+
+    extra_region = "extra"
 
     def __init__(self, options: WindowOptions, sizes: Sizes) -> None:
         self.options, self.sizes = options, sizes
@@ -199,28 +214,31 @@ class WindowPolicy:
         first = own[-1] + 1 - self.options.window
         sink = [f for f in range(self.base, self.base + self.sink) if first <= f < own[0]]
         recent = range(max(self.base + self.sink, self.oldest, first), own[0])
-        return self._read(sink, recent, own, (0, len(own), len(own)), position_rule("absolute"))
+        return self._read(sink, recent, own, (0, len(own), len(own)), rule=position_rule("absolute"))
 
     def _recache_group(self, own: list[int]) -> Group:
         """Re-encoded frames see each other and the sink before them."""
         sink = [f for f in range(self.base, min(self.frames, self.base + self.sink)) if f < own[0]]
         return self._read(sink, range(0), own, (0, len(own), len(own)))
 
-    def _read(self, sink, recent, own: list[int], part: tuple[int, int, int], rule=None) -> Group:
+    def _read(
+        self, sink, recent, own: list[int], part: tuple[int, int, int], extra: dict[int, int] | None = None, rule=None
+    ) -> Group:
+        """Queries own[first:stop] over the sink, `extra` (frame -> page), recent frames and own[:end]."""
         first, stop, end = part
-        seen = own[:end]
-        positions = (rule or self.rule)(Seen(sink, recent, seen))
-        cached = len(sink) + len(recent)
-        segments = (
-            self._segment("sink", sink, positions),
-            self._segment("recent", recent, positions[len(sink) :]),
-            Segment(FLIGHT, tuple(range(end)), tuple(seen), tuple(positions[cached:])),
-        )
-        queries = tuple(positions[cached + first : cached + stop])
+        extra = extra or {}
+        pages = {frame: self.page(frame) for frame in (*sink, *recent)}
+        regions = (("sink", sink, pages), (self.extra_region, list(extra), extra), ("recent", recent, pages))
+        seen = Seen(sink, list(extra), recent, own[:end], self.options.window, self.options.span)
+        positions = tuple((rule or self.rule)(seen))
+        segments, start = [], 0
+        for name, frames, where in regions:
+            at = positions[start : start + len(frames)]
+            segments.append(Segment(name, tuple(where[f] for f in frames), tuple(frames), at))
+            start += len(frames)
+        segments.append(Segment(FLIGHT, tuple(range(end)), tuple(own[:end]), positions[start:]))
+        queries = positions[start + first : start + stop]
         return Group(tuple(range(first, stop)), queries, tuple(s for s in segments if s.pages))
-
-    def _segment(self, region: str, frames: Sequence[int], positions: Sequence[float]) -> Segment:
-        return Segment(region, tuple(self.page(f) for f in frames), tuple(frames), tuple(positions[: len(frames)]))
 
     # ------------------------------------------------------------------------------------------- writes
     def _writes(self, own: list[int], published: list[int]) -> tuple[Write, ...]:
@@ -246,7 +264,13 @@ class WindowPolicy:
     def commit(self, frames: Sequence[int]) -> None:
         self.frames = max(self.frames, frames[-1] + 1)
 
-    def switch(self, mode: str) -> range | None:
+    def variant(self, row: Row) -> object:
+        return any(slot.publish for slot in row.slots)
+
+    def switched(self, mode: str, requested: int) -> None:
+        pass
+
+    def switch(self, mode: str, requested: int) -> range | None:
         if mode == "cut":
             self.oldest = self.frames
         if mode != "recache" or not self.frames:

@@ -13,31 +13,50 @@ from streamgen.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Stream frames a call reads, region by region in reading order; `own` are the call's."""
+    """Stream frames a call reads, region by region in reading order; `own` are the call's.
+
+    `window`: what a step may read besides `extra` (anchors, bank); `span`: positions the model was trained on.
+    """
 
     sink: Sequence[int]
+    extra: Sequence[int]
     recent: Sequence[int]
     own: Sequence[int]
+    window: int
+    span: int
 
 
 def absolute(seen: Seen) -> list[int]:
     """Every frame at its own number, as caches that rotate keys when they write them."""
-    return [*seen.sink, *seen.recent, *seen.own]
+    return [*seen.sink, *seen.extra, *seen.recent, *seen.own]
 
 
 def packed(seen: Seen) -> list[int]:
     """Ranks among what is visible: they never grow, however long the stream (Infinity-RoPE, LongLive's second mode)."""
-    return list(range(len(seen.sink) + len(seen.recent) + len(seen.own)))
+    return list(range(len(absolute(seen))))
 
 
 def before(seen: Seen) -> list[int]:
     """The sink directly before what is recent, which keeps its numbers (Rolling Forcing, arXiv:2509.25161)."""
     follows = [*seen.recent, *seen.own]
-    first = follows[0]
-    return [*range(first - len(seen.sink), first), *follows]
+    leads = len(seen.sink) + len(seen.extra)
+    return [*range(follows[0] - leads, follows[0]), *follows]
 
 
-RULES: dict[str, Callable[[Seen], list[int]]] = {"absolute": absolute, "packed": packed, "before": before}
+def tri_region(seen: Seen) -> list[int]:
+    """Sink at its start, what is recent at the end of the trained span, anchors between (Anchor Forcing).
+
+    Numbers stay as they are until the call reaches the end of the span; from there on they are held.
+    """
+    held = max(0, seen.own[-1] + 1 - seen.span)
+    first = seen.span - seen.window - len(seen.extra)
+    anchors = range(first, first + len(seen.extra))
+    return [*range(len(seen.sink)), *anchors, *(frame - held for frame in (*seen.recent, *seen.own))]
+
+
+RULES: dict[str, Callable[[Seen], list[int]]] = {
+    "absolute": absolute, "packed": packed, "before": before, "tri-region": tri_region,
+}  # fmt: skip
 
 
 def position_rule(name: str) -> Callable[[Seen], list[int]]:

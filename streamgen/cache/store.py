@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamgen.cache.plan import FLIGHT, Fold, Group, Plan, Segment
+from streamgen.cache.plan import FLIGHT, Fold, Group, Plan, Segment, Write
 from streamgen.kernels.attention import attend
 from streamgen.kernels.rope import rotate
 from streamgen.models.rope import RotaryEmbedding
@@ -81,13 +81,20 @@ class KVStore:
     def publish(self, plan: Plan) -> None:
         """Make a finished call's frames visible: tentative pages -> their own."""
         self._fold(plan.folds)
-        if not plan.writes:
+        self._write(plan.writes)
+
+    def stage(self, plan: Plan) -> None:
+        """Keep what later calls of the same chunk read."""
+        self._write(plan.stages)
+
+    def _write(self, writes: Sequence[Write]) -> None:
+        if not writes:
             return
-        source = torch.tensor([self.pages + w.index for w in plan.writes], device=self.keys.device)
-        target = torch.tensor([w.page for w in plan.writes], device=self.keys.device)
+        source = torch.tensor([self.pages + w.index for w in writes], device=self.keys.device)
+        target = torch.tensor([w.page for w in writes], device=self.keys.device)
         for tensor in (self.keys, self.values):
             tensor.index_copy_(2, target, tensor.index_select(2, source))
-        for write in plan.writes:
+        for write in writes:
             self.angles[write.page] = None
             for name in ("keys", "values"):
                 self.sums.pop((name, write.page), None)
@@ -135,7 +142,7 @@ class CacheContext:
 
     def __init__(self, store: KVStore, plan: Plan, rope: RotaryEmbedding) -> None:
         self.store, self.plan = store, plan
-        self.keep = bool(plan.writes)  # raw keys are needed only if they may be published
+        self.keep = bool(plan.writes or plan.stages)  # raw keys are needed only if they may be published
         wanted: dict[int, tuple[float, float]] = {}
         for segment in _cached_segments(plan):
             for page, position in zip(segment.pages, segment.positions, strict=True):
