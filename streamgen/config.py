@@ -101,46 +101,74 @@ class ChunkConfig:
 
 @dataclass
 class LadderConfig:
-    """Steps of a chunk; see `streamgen.ladder.build_ladder`."""
+    """Steps of a chunk; see `streamgen.ladder.build_ladder`. A list of lists = one per chunk, the last one repeats."""
 
-    timesteps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
+    timesteps: list[Any] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
     warp: bool = False
     shift: float = 1.0
     sigma: str = "exact"
     solver: str = "renoise"
 
+    def __post_init__(self) -> None:
+        nested = any(isinstance(item, (list, tuple)) for item in self.timesteps)
+        for steps in self.timesteps if nested else [self.timesteps]:
+            if isinstance(steps, str) or not all(isinstance(t, (int, float)) for t in steps):
+                raise InputError(f"ladder.timesteps {self.timesteps} is no list of numbers, nor one of such lists")
+
 
 @dataclass
 class ScheduleConfig:
-    """`coupling` names a registered schedule; `commit_level` is the timestep of the commit forward."""
+    """`coupling` names a registered schedule; the rest as in `streamgen.schedules.ScheduleOptions`.
+
+    `commit_level` is the timestep of the commit forward.
+    """
 
     coupling: str = "solo"
+    stagger: Any = "solo"
     commit: str = "separate"
     commit_level: float = 0.0
 
 
 @dataclass
 class CacheConfig:
-    """`policy` names a registered cache policy; sizes in latent frames; `options` go to external policies."""
+    """`policy` names a registered cache policy; sizes in latent frames; `options` go to external policies.
+
+    `window` = sink + recent + flight, what a call may read; `capacity`, what is kept (None = the window).
+    `commit_reads`: "same" as the steps, or "tail" = the last `window` frames with no sink before them.
+    `ema_decay`: frames that leave the window are folded into the sink, α·sink + (1 - α)·frame.
+    `anchors`: chunks kept for good, each the first one of a prompt; `anchor_every`: one of so many chunks instead, seen
+    once `anchor_switch` has left the window.
+    """
 
     policy: str = "window"
     window: int = 21
+    capacity: int | None = None
     sink: int = 0
+    commit_reads: str = "same"
+    ema_decay: float | None = None
+    ema_precision: str = "fp32"
+    anchors: int = 0
+    anchor_every: int | None = None
+    anchor_switch: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class PositionsConfig:
-    """`rule`: absolute or packed."""
+    """`rule`: see `streamgen.cache.positions`; `span`: temporal positions the model was trained on."""
 
     rule: str = "absolute"
+    span: int = 21
 
 
 @dataclass
 class SwitchConfig:
-    """What a new prompt does to the cache: keep | recache | reset | cut."""
+    """What a new prompt does: to the cache keep | recache | reset | cut; to the sink keep | replace; to chunks in
+    flight keep | follow."""
 
     mode: str = "recache"
+    sink: str = "keep"
+    in_flight: str = "keep"
 
 
 @dataclass
@@ -177,6 +205,7 @@ class StreamConfig:
         if self.chunk.latent_frames < 1:
             raise InputError(f"chunk.latent_frames must be at least 1, got {self.chunk.latent_frames}")
         check_choice("switch.mode", self.switch.mode, SWITCH_MODES)
+        check_choice("switch.in_flight", self.switch.in_flight, ("keep", "follow"))
         check_choice("guidance.commit_branch", self.guidance.commit_branch, ("own", "positive"))
         if not 0 <= self.schedule.commit_level < 1000:
             raise InputError(f"schedule.commit_level is a timestep in 0-1000, got {self.schedule.commit_level}")

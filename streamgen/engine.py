@@ -42,20 +42,33 @@ class Engine:
         if len(self.experts) > 1 and config.experts.boundary is None:
             raise InputError("two transformers need experts.boundary, the timestep below which the second one works")
         schedule, options = SCHEDULES.get(config.schedule.coupling)
-        self.schedule = schedule(options(commit=config.schedule.commit))
-        self.ladder = self._build_ladder()
+        gaps = config.schedule.stagger
+        gaps = tuple(gaps) if isinstance(gaps, (list, tuple)) else gaps
+        self.schedule = schedule(options(stagger=gaps, commit=config.schedule.commit))
+        self.ladders = self._build_ladders()
         self.records: list[CallRecord] = []
         self.tracing = False
-        build_policy(config, self.flight_frames, config.chunk.latent_frames)  # refuses bad sizes at once
+        build_policy(config, self.flight_frames, self.flight_frames)  # refuses bad sizes at once
         roomy = config.cache.sink + 2 * self.flight_frames
         if config.cache.policy == "window" and 0 < config.cache.window < roomy:
             log.warning("cache.window=%d leaves little memory: %d or more is advised", config.cache.window, roomy)
 
-    def _build_ladder(self) -> Ladder:
+    def _build_ladders(self) -> list[Ladder]:
         ladder = self.config.ladder
-        return build_ladder(
-            ladder.timesteps, shift=ladder.shift, warp=ladder.warp, sigma=ladder.sigma, solver=ladder.solver
-        )
+        nested = bool(ladder.timesteps) and isinstance(ladder.timesteps[0], (list, tuple))
+        return [
+            build_ladder(steps, shift=ladder.shift, warp=ladder.warp, sigma=ladder.sigma, solver=ladder.solver)
+            for steps in (ladder.timesteps if nested else [ladder.timesteps])
+        ]
+
+    @property
+    def ladder(self) -> Ladder:
+        """The first chunk's steps."""
+        return self.ladders[0]
+
+    def ladder_of(self, chunk: int) -> Ladder:
+        """The steps of a chunk; the last listed ladder repeats."""
+        return self.ladders[min(chunk, len(self.ladders) - 1)]
 
     @property
     def transformer(self):
@@ -68,7 +81,7 @@ class Engine:
 
     def steps(self, chunk: int) -> int:
         """Length of a chunk's ladder."""
-        return len(self.ladder)
+        return len(self.ladder_of(chunk))
 
     @property
     def flight_frames(self) -> int:
@@ -123,16 +136,19 @@ class Engine:
         negative_embeds: Tensor | None = None,
         batch: int | None = None,
         conditions: Mapping | None = None,
+        switches: Mapping[int, Tensor] | None = None,
     ) -> Rollout:
-        """A new stream; `num_latent_frames` None = endless. `conditions` as in `run`."""
+        """A new stream; `num_latent_frames` None = endless. `conditions` and `switches` as in `run`."""
         conditions = dict(conditions or {})
         image, channels = conditions.pop("image_embeds", None), conditions.pop("channels", None)
         if conditions:
             raise InputError(f"unknown conditions {', '.join(conditions)}: known are image_embeds and channels")
         self._check_channels(channels)
-        return Rollout(
+        rollout = Rollout(
             self, prompt_embeds, noise, latent_size, num_latent_frames, negative_embeds, batch, image, channels
         )
+        rollout.switches = sorted((switches or {}).items())
+        return rollout
 
     def _check_channels(self, channels) -> None:
         config = self.transformer.config
@@ -161,7 +177,7 @@ class Engine:
             noise: a `TensorNoise` knows its size, so the next two may be omitted with it.
             num_latent_frames: None = endless.
             latent_size: (h, w) of the latents.
-            switches: latent frame -> new text; effective at the first chunk that starts at or after it.
+            switches: latent frame -> new text; effective when the first chunk that starts at or after it enters.
             conditions: what image-to-video models read besides text: {"image_embeds": [B or 1, tokens, D'], "channels":
                 an object with `frames(range) -> [B or 1, C', f, h, w]`, asked once per chunk, in order}.
         Follows the caller's grad mode; with gradients the graph runs through the cache.
@@ -180,13 +196,9 @@ class Engine:
             negative_embeds=negative_prompt_embeds,
             batch=batch,
             conditions=conditions,
+            switches=switches,
         )
-        pending = sorted((switches or {}).items())
         while not rollout.finished:
-            due = [text for frame, text in pending if frame <= rollout.next_frame]
-            if due:  # of several that fell into one chunk the newest counts
-                pending = pending[len(due) :]
-                rollout.switch(due[-1], self.config.switch.mode)
             yield rollout.advance()
 
     def fingerprint(self) -> str:

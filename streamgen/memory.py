@@ -20,14 +20,14 @@ import torch
 from streamgen.cache.store import ROTATED_AT_ONCE, Geometry, KVStore
 from streamgen.config import StreamConfig, available, check_choice, suggest
 from streamgen.device import resolve_dtype
+from streamgen.engine import Engine
 from streamgen.errors import InputError
 from streamgen.hub import ModelConfig, assets_root, embedded_models, model_config, model_name_of
 from streamgen.models.codecs.base import LATENTS_PER_CALL
 from streamgen.models.codecs.tiled import spans
 from streamgen.models.geometry import CodecGeometry, ModelGeometry, TransformerGeometry, read_geometry
 from streamgen.models.rope import RotaryEmbedding
-from streamgen.rollout import build_policy
-from streamgen.schedules import SCHEDULES
+from streamgen.rollout import build_policy, recache_frames
 
 __all__ = ["CODECS", "Estimate", "Way", "describe_model", "device_memory", "estimate", "ways_to_fit"]
 
@@ -154,7 +154,7 @@ def estimate(
 
     chunk = config.chunk.latent_frames
     total = -(-(latent_frames or CLIP_FRAMES) // chunk) * chunk
-    flight, recached = _flight_frames(config), _recache_frames(config, total)
+    flight, recached = Engine(None, config).flight_frames, recache_frames(config, total)
     pages = build_policy(config, flight, total).pages
     _, *patch = net.patch_size
     grid = Geometry(
@@ -190,20 +190,6 @@ def estimate(
         frames_in_cache=pages + store.flight,
         tokens_per_frame=tokens,
     )
-
-
-def _flight_frames(config: StreamConfig) -> int:
-    """As `Engine.flight_frames`."""
-    schedule, options = SCHEDULES.get(config.schedule.coupling)
-    steps = sum(t != 0 for t in config.ladder.timesteps)
-    return schedule(options(commit=config.schedule.commit)).in_flight(lambda _: steps) * config.chunk.latent_frames
-
-
-def _recache_frames(config: StreamConfig, total: int) -> int:
-    """As `Rollout._recache_frames`."""
-    if config.cache.window != -1:
-        return config.cache.window
-    return total if config.switch.mode == "recache" else 0
 
 
 def _picture_tokens(geometry: ModelGeometry) -> int:
@@ -339,7 +325,7 @@ def _changes(setting: dict[str, Any]) -> Iterator[list[tuple[str, dict]]]:
 
 
 def _smaller_windows(config: StreamConfig) -> Iterator[tuple[str, dict]]:
-    window, roomy = config.cache.window, config.cache.sink + 2 * _flight_frames(config)
+    window, roomy = config.cache.window, config.cache.sink + 2 * Engine(None, config).flight_frames
     for size in (15, 12, 9):
         if config.cache.policy == "window" and size >= roomy and (window == -1 or size < window):
             smaller = replace(config, cache=replace(config.cache, window=size))

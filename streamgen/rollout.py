@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from streamgen.cache import CachePolicy, GraphStore, KVStore
-from streamgen.cache.policies import POLICIES
+from streamgen.cache.policies import POLICIES, Sizes
 from streamgen.cache.store import Geometry
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError
-from streamgen.schedules import Call, OpKind, Row, Tick, clean_call
+from streamgen.schedules import Call, OpKind, Row, Slot, SlotOp, Tick, clean_call
 
 if TYPE_CHECKING:
     from streamgen.engine import Engine
@@ -99,14 +99,21 @@ class Timings:
 def build_policy(config: StreamConfig, flight_frames: int, total_frames: int | None) -> CachePolicy:
     """The cache policy of a configuration. Raises InputError below a window's floor."""
     cls, options = POLICIES.get(config.cache.policy)
-    if config.cache.policy == "window":
-        chosen = options(config.cache.window, config.cache.sink, config.positions.rule)
+    if hasattr(options, "from_config"):  # the package's own read the shared keys
+        chosen = options.from_config(config)
     else:
         try:
             chosen = options(**config.cache.options)
         except TypeError as error:
             raise InputError(f"cache.options of policy {config.cache.policy!r}: {error}") from None
-    return cls(chosen, flight_frames, total_frames)
+    return cls(chosen, Sizes(config.chunk.latent_frames, flight_frames, total_frames))
+
+
+def recache_frames(config: StreamConfig, total_frames: int | None) -> int:
+    """Most frames a re-encoding call may hold: finished latents that are kept for it."""
+    if config.cache.window != -1:
+        return config.cache.window
+    return total_frames if config.switch.mode == "recache" else 0
 
 
 class Rollout:
@@ -131,10 +138,15 @@ class Rollout:
         self.negative = negative_embeds
         self.text = engine.text(prompt_embeds, negative_embeds, self.batch, 0, image)
         self.image = image
+        self.switches: list[tuple[int, Tensor]] = []  # to come: latent frame, text
         self.flight: dict[int, Flight] = {}
         self.pending: list[tuple[int, Call, Flight]] = []  # commits owed: tick, call, chunk
         self.past: list[Flight] = []  # recent finished chunks, for re-encoding under a new prompt
-        self.next_chunk = 0
+        self.next_chunk = 0  # to be delivered
+        self.next_entry = 0  # to begin
+        self.next_tick = 0
+        self.owed: dict[int, Flight] = {}  # finished chunks that the next call publishes
+        self.ready: list[LatentChunk] = []  # finished together with one that was delivered
         self.guidance_scale = engine.config.guidance.scale  # may change at a chunk boundary
         self.timings = Timings()
         self.stores = [self._new_store(expert) for expert in engine.experts]
@@ -144,8 +156,8 @@ class Rollout:
     # ------------------------------------------------------------------------------------------- state
     @property
     def next_frame(self) -> int:
-        """The latent frame the next chunk begins at."""
-        return self.next_chunk * self.engine.config.chunk.latent_frames
+        """The latent frame that the next chunk to enter begins at."""
+        return self.next_entry * self.engine.config.chunk.latent_frames
 
     @property
     def finished(self) -> bool:
@@ -188,40 +200,56 @@ class Rollout:
         return KVStore(geometry, self.policy.pages, most, self.engine.dtype, self.engine.device)
 
     def _recache_frames(self) -> int:
-        """Most frames a re-encoding call may hold."""
-        window = self.engine.config.cache.window
-        if self.engine.config.switch.mode != "recache" and window == -1:
-            return 0
-        return self.num_latent_frames if window == -1 else window
+        return recache_frames(self.engine.config, self.num_latent_frames)
 
     # ------------------------------------------------------------------------------------------- running
     def advance(self) -> LatentChunk:
         """Run ticks until a chunk is finished. Raises StopIteration past the end."""
         if self.finished:
             raise StopIteration("the stream is over")
+        if not self.ready:
+            self._run_ticks()
+        self.next_chunk += 1
+        return self.ready.pop(0)
+
+    def _run_ticks(self) -> None:
+        """Ticks until one emits; an exception (out of memory, Ctrl-C) leaves things as they were before the first."""
         self.commit()
         if self._ticks is None:
-            self._ticks = self.engine.schedule.ticks(self.engine.steps, self.num_chunks, self.next_chunk)
+            self._ticks = self.engine.schedule.ticks(self.engine.steps, self.num_chunks, self.next_tick)
+        before = self.next_tick, self.next_entry, {chunk: replace(flight) for chunk, flight in self.flight.items()}
         self._plans = {}
         try:
             for tick in self._ticks:
-                for op in tick.ops:
-                    if op.kind is OpKind.BEGIN:
-                        self._begin(op.chunk)
-                for call in tick.calls:
-                    self._denoise(tick.index, call)
+                self._run_tick(tick)
                 if tick.emits:
-                    return self._emit(tick)
-        except BaseException:  # out of memory, Ctrl-C: what was in flight begins anew at the next call
-            self._ticks, self.flight = None, {}
+                    return
+        except BaseException:
+            self._ticks = None
+            self.next_tick, self.next_entry, self.flight = before
             raise
-        raise StopIteration("the schedule ended before the stream")
+        raise RuntimeError("the schedule ended before the stream")
+
+    def _run_tick(self, tick: Tick) -> None:
+        for op in tick.ops:
+            if op.kind is OpKind.BEGIN:
+                self._begin(op.chunk)
+        for call in tick.calls:
+            self._denoise(tick.index, call)
+        self.next_tick = tick.index + 1
+        if tick.emits:
+            self._emit(tick)
 
     def _begin(self, chunk: int) -> None:
         per_chunk = self.engine.config.chunk.latent_frames
         frames = range(chunk * per_chunk, (chunk + 1) * per_chunk)
+        due = [(frame, text) for frame, text in self.switches if frame <= frames.start]
+        if due:  # of several that fell into one chunk the newest counts
+            self.switch(due[-1][1], self.engine.config.switch.mode, requested=due[-1][0])
+            self.switches = self.switches[len(due) :]
         channels = None if self.channels is None else self.channels.frames(frames)
         self.flight[chunk] = Flight(self._noise("initial", frames, 0), frames, self.text, channels=channels)
+        self.next_entry = chunk + 1
 
     def _noise(self, purpose: str, frames: range, step: int) -> Tensor:
         config = self.engine.transformer.config
@@ -229,13 +257,14 @@ class Rollout:
         shape = (self.batch, channels, *self.latent_size)
         return self.noise.frames(purpose, frames, step, shape).to(self.engine.device, torch.float32)
 
-    def _emit(self, tick: Tick) -> LatentChunk:
-        (index,) = tick.emits
-        flight = self.flight.pop(index)
-        self.pending = [(tick.index, call, flight) for call in tick.commits]
-        self._remember(flight)
-        self.next_chunk = index + 1
-        return LatentChunk(flight.x, index, flight.frames.start, flight.text.epoch)
+    def _emit(self, tick: Tick) -> None:
+        done = {index: self.flight.pop(index) for index in tick.emits}
+        for index, flight in done.items():
+            self._remember(flight)
+            self.ready.append(LatentChunk(flight.x, index, flight.frames.start, flight.text.epoch))
+        self.pending = [(tick.index, call, done[call.rows[0].slots[0].chunk]) for call in tick.commits]
+        if self.engine.config.schedule.commit == "fused":
+            self.owed = done
 
     def _remember(self, flight: Flight) -> None:
         window = self._recache_frames()
@@ -246,28 +275,43 @@ class Rollout:
             self.past.pop(0)
 
     def commit(self) -> None:
-        """Run the commit calls that are owed; a finite stream never runs its last one."""
-        for tick, call, flight in self.pending:
-            (row,) = call.rows
-            self._clean(tick, call, row, flight.x, flight.channels, [flight.frames], flight.text)
-        self.pending = []
+        """Run the commit calls that are due; a finite stream never runs its last one."""
+        while self.pending:
+            tick, call, flight = self.pending[0]
+            self._clean(tick, call, call.rows[0], flight.x, flight.channels, [flight.frames], flight.text)
+            self.pending.pop(0)
 
-    def switch(self, prompt_embeds: Tensor, mode: str, epoch: int | None = None) -> None:
+    def switch(
+        self, prompt_embeds: Tensor, mode: str, epoch: int | None = None, requested: int | None = None
+    ) -> None:
         """A new prompt from the next chunk on; what is owed is committed under the old one first.
 
         Args:
             mode: keep (text alone) | recache (recent frames are encoded again under the new text) | cut (recent
                 frames are dropped; the sink and the frame count stay). A reset is a new `Rollout`.
+            requested: the latent frame the user named; None = the one it takes effect at.
         """
         if mode == "reset":
             raise InputError("a reset begins a new stream: use keep, recache or cut here, or reset a session")
         self.commit()
+        for chunk, flight in self.owed.items():  # it would ride with a call that now comes too late
+            call = clean_call((chunk,), self.engine.steps)
+            self._clean(self.next_tick, call, call.rows[0], flight.x, flight.channels, [flight.frames], flight.text)
         epoch = self.text.epoch + 1 if epoch is None else epoch
-        self.text = self.engine.text(prompt_embeds, self.negative, self.batch, epoch, self.image)
-        frames = self.policy.switch(mode)
+        text = self.engine.text(prompt_embeds, self.negative, self.batch, epoch, self.image)
+        requested = self.next_frame if requested is None else requested
+        frames = self.policy.switch(mode, requested)
         self._plans = {}
-        if frames is None:
-            return
+        if frames is not None:
+            self._recache(frames, text)
+        self.policy.switched(mode, requested)
+        self.text = text
+        if self.engine.config.switch.in_flight == "follow":
+            for flight in self.flight.values():
+                flight.text = text
+
+    def _recache(self, frames: range, text: Text) -> None:
+        """Encode finished frames again, under another text."""
         begin = frames.start - self.past[0].frames.start
         x = torch.cat([flight.x for flight in self.past], 2)[:, :, begin:]
         channels = None
@@ -276,36 +320,46 @@ class Rollout:
         per_chunk = self.engine.config.chunk.latent_frames
         chunks = tuple(range(frames.start // per_chunk, -(-frames.stop // per_chunk)))
         call = clean_call(chunks, self.engine.steps, source="past")
-        self._clean(-1, call, call.rows[0], x, channels, [frames], self.text)
+        self._clean(-1, call, call.rows[0], x, channels, [frames], text)
 
     def state_dict(self) -> dict:
         """Everything a later `load_state_dict` needs to go on bit by bit: tensors and plain Python."""
+        texts: dict[int, Text] = {id(text): text for text in self._texts()}
+        order = list(texts)
+        told = lambda flight: {**_saved(flight), "text": order.index(id(flight.text))}
         return {
             "next_chunk": self.next_chunk,
+            "next_entry": self.next_entry,
+            "next_tick": self.next_tick,
             "guidance_scale": self.guidance_scale,
             "policy": self.policy.state_dict(),
             "stores": [store.state_dict() for store in self.stores],
-            "text": self.text.embeds,
-            "image": self.text.image,
-            "epoch": self.text.epoch,
+            "texts": [{"embeds": text.embeds, "image": text.image, "epoch": text.epoch} for text in texts.values()],
+            "text": order.index(id(self.text)),
+            "flight": {chunk: told(flight) for chunk, flight in self.flight.items()},
+            "owed": {chunk: told(flight) for chunk, flight in self.owed.items()},
             "past": [_saved(flight) for flight in self.past],
-            "pending": [(tick, _saved(flight)) for tick, _, flight in self.pending],
+            "pending": [(tick, told(flight)) for tick, _, flight in self.pending],
+            "ready": [asdict(chunk) for chunk in self.ready],
             "channels": self.channels.state_dict() if self.channels is not None else None,
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state` was taken; the engine, the noise and the sizes must be the same."""
-        device = self.engine.device
-        self.next_chunk, self.guidance_scale = state["next_chunk"], state["guidance_scale"]
+        self.next_chunk, self.next_entry = state["next_chunk"], state["next_entry"]
+        self.next_tick, self.guidance_scale = state["next_tick"], state["guidance_scale"]
         self.policy.load_state_dict(state["policy"])
         for store, saved in zip(self.stores, state["stores"], strict=True):
             store.load_state_dict(saved)
-        image = None if state["image"] is None else state["image"].to(device)
-        self.text = self.engine.keyed(state["text"].to(device), state["epoch"], image)
-        self.past = [self._restored(saved) for saved in state["past"]]
+        texts = [self._restored_text(saved) for saved in state["texts"]]
+        self.text = texts[state["text"]]
+        self.flight = {k: self._restored(saved, texts[saved["text"]]) for k, saved in state["flight"].items()}
+        self.past = [self._restored(saved, self.text) for saved in state["past"]]
+        self.owed = {k: self._restored(saved, texts[saved["text"]]) for k, saved in state["owed"].items()}
+        self.ready = [LatentChunk(**saved) for saved in state["ready"]]
         self.pending = []
         for tick, saved in state["pending"]:
-            flight = self._restored(saved)
+            flight = self._restored(saved, texts[saved["text"]])
             chunk = flight.frames.start // self.engine.config.chunk.latent_frames
             self.pending.append((tick, clean_call((chunk,), self.engine.steps), flight))
         if self.channels is not None:
@@ -313,11 +367,20 @@ class Rollout:
         self._ticks = None
         self._plans = {}
 
-    def _restored(self, saved: dict) -> Flight:
-        """A finished chunk of a state; its level no longer matters."""
-        tensors = {name: saved[name] if saved[name] is None else saved[name].to(self.engine.device)
-                   for name in ("x", "channels")}
-        return Flight(frames=range(*saved["frames"]), text=self.text, **tensors)
+    def _texts(self) -> Iterator[Text]:
+        """Every text that a later call may read."""
+        yield self.text
+        for flight in (*self.flight.values(), *self.owed.values(), *(flight for _, _, flight in self.pending)):
+            yield flight.text
+
+    def _restored_text(self, saved: dict) -> Text:
+        image = None if saved["image"] is None else saved["image"].to(self.engine.device)
+        return self.engine.keyed(saved["embeds"].to(self.engine.device), saved["epoch"], image)
+
+    def _restored(self, saved: dict, text: Text) -> Flight:
+        device = self.engine.device
+        channels = None if saved["channels"] is None else saved["channels"].to(device)
+        return Flight(saved["x"].to(device), range(*saved["frames"]), text, saved["p"], channels)
 
     def fork(self) -> Rollout:
         """An independent stream with the same past; what either does is unknown to the other."""
@@ -326,7 +389,9 @@ class Rollout:
         other.channels = self.channels.fork() if self.channels is not None else None
         other.policy = build_policy(self.engine.config, self.engine.flight_frames, self.num_latent_frames)
         other.policy.load_state_dict(self.policy.state_dict())
-        other.flight, other.pending, other.past = dict(self.flight), list(self.pending), list(self.past)
+        other.flight = {chunk: replace(flight) for chunk, flight in self.flight.items()}
+        other.owed = dict(self.owed)
+        other.pending, other.past, other.ready = list(self.pending), list(self.past), list(self.ready)
         other._ticks, other._plans, other.timings = None, {}, Timings()
         return other
 
@@ -338,7 +403,7 @@ class Rollout:
 
     def _forward(
         self, expert: int, x: Tensor, channels: Tensor | None, timestep: Tensor, text: Text, context,
-        commit_only: bool = False,
+        commit_only: bool = False, prompt_index: Tensor | None = None,
     ) -> Tensor | None:
         """The guided velocity, or None from a commit."""
         if channels is not None:
@@ -346,9 +411,9 @@ class Rollout:
         if self.engine.branches == 2:
             x = torch.cat([x, x])
         x = x.to(self.engine.dtype)
-        out = self.engine.experts[expert](
-            x, timestep, text_keys=text.keys[expert], context=context, return_dict=False, commit_only=commit_only
-        )
+        more = {} if prompt_index is None else {"prompt_index": prompt_index}
+        more.update(text_keys=text.keys[expert], context=context, return_dict=False, commit_only=commit_only)
+        out = self.engine.experts[expert](x, timestep, **more)
         if commit_only:
             return None
         velocity = out[0].float()
@@ -360,26 +425,64 @@ class Rollout:
     def _denoise(self, tick: int, call: Call) -> None:
         begin = time.perf_counter()
         (row,) = call.rows
-        flights = [self.flight[slot.chunk] for slot in row.slots]
+        row = replace(row, slots=tuple(s for s in row.slots if s.op is not SlotOp.CLEAN or s.chunk in self.owed))
+        flights = [self._flight(slot) for slot in row.slots]
         frames = tuple(f.frames for f in flights)
-        ladder = self.engine.ladder
-        levels = [ladder.timesteps[slot.p_in] for slot in row.slots]
-        (expert,) = {self.engine.expert_for(level) for level in levels}
+        levels = [self._level(slot) for slot in row.slots]
+        experts = {self.engine.expert_for(level) for level, slot in zip(levels, row.slots) if slot.op is SlotOp.STEP}
+        if len(experts) > 1:
+            raise InputError("chunks in flight straddle experts.boundary: two experts need schedule.coupling=solo")
+        (expert,) = experts
         plan, context = self._context(call, row, frames, expert)
         self._record(tick, call, row, frames, levels, plan, expert)
         x, channels = _joined([f.x for f in flights]), _joined([f.channels for f in flights])
         timestep = self._timestep(levels, frames)
-        velocity = self._forward(expert, x, channels, timestep, flights[0].text, context)
+        text, which = self._told(flights)
+        velocity = self._forward(expert, x, channels, timestep, text, context, prompt_index=which)
         for slot, flight, part in zip(row.slots, flights, velocity.split([len(f) for f in frames], 2), strict=True):
-            fresh: Callable[[], Tensor] = lambda f=flight, p=slot.p_in: self._noise("renoise", f.frames, p)  # noqa: E731
-            flight.x, flight.p = ladder.step(flight.x, part, slot.p_in, fresh), slot.p_out
+            if slot.op is SlotOp.STEP:
+                fresh: Callable[[], Tensor] = lambda f=flight, p=slot.p_in: self._noise("renoise", f.frames, p)  # noqa: E731
+                flight.x, flight.p = self.engine.ladder_of(slot.chunk).step(flight.x, part, slot.p_in, fresh), slot.p_out
+        published = [f for slot, part in zip(row.slots, frames, strict=True) if slot.publish for f in part]
+        self.stores[expert].stage(plan, context)
+        if published:
+            self._publish([(self.stores[expert], plan, context)], published)
         self.timings.add("denoise", begin)
+
+    def _flight(self, slot: Slot) -> Flight:
+        """The chunk of a slot: in flight, or just finished and riding along to be published."""
+        return self.flight[slot.chunk] if slot.op is not SlotOp.CLEAN else self.owed[slot.chunk]
+
+    def _level(self, slot: Slot) -> float:
+        """The timestep a slot is fed with."""
+        if slot.op is SlotOp.CLEAN:
+            return self.engine.config.schedule.commit_level
+        return self.engine.ladder_of(slot.chunk).timesteps[slot.p_in]
+
+    def _told(self, flights: list[Flight]) -> tuple[Text, Tensor | None]:
+        """One text for a whole call, or several beside each other and the one each frame reads, [branches·B, F]."""
+        texts = list({id(flight.text): flight.text for flight in flights}.values())
+        if len(texts) == 1:
+            return texts[0], None
+        keys = tuple(type(parts[0]).join(parts) for parts in zip(*(text.keys for text in texts), strict=True))
+        order = [id(text) for text in texts]
+        which = [order.index(id(flight.text)) for flight in flights for _ in flight.frames]
+        rows = self.batch * self.engine.branches
+        return replace(texts[0], keys=keys), torch.tensor(which, device=self.engine.device).expand(rows, -1)
+
+    def _publish(self, calls: list[tuple], frames: list[int]) -> None:
+        """Make finished calls visible to later ones, all of them or none, and tell the policy."""
+        for store, plan, context in calls:
+            store.publish(plan, context)
+        self.policy.commit(frames)
+        self.owed = {}
+        self._plans = {}  # they followed what was committed before
 
     def _context(self, call: Call, row: Row, frames: tuple[range, ...], expert: int):
         """Plans and their angles are shared by all steps of a chunk; training binds each forward anew."""
         if isinstance(self.store, GraphStore):
             return self._bind(call, row, frames, expert)
-        key = (call.kind, row.lane, frames, expert)
+        key = (row.lane, frames, expert, self.policy.variant(row))
         if key not in self._plans:
             self._plans[key] = self._bind(call, row, frames, expert)
         return self._plans[key]
@@ -396,14 +499,14 @@ class Rollout:
     ) -> None:
         """Finished latents once more, for their keys and values in every expert's cache.
 
-        Each cache is published when its call is through; the policy hears of it when all are. An exception in between
-        leaves the commit owed, and running it again writes the same bytes.
+        Nothing is published before every expert is through: an exception in between leaves the commit owed.
         """
         begin = time.perf_counter()
         config = self.engine.config
         level = config.schedule.commit_level
         if config.guidance.commit_branch == "positive" and self.engine.branches == 2:
             text = self.engine.keyed(text.embeds.chunk(2)[0].repeat(2, 1, 1), text.epoch, text.image)
+        calls = []
         for expert, store in enumerate(self.stores):
             plan, context = self._bind(call, row, tuple(frames), expert)
             if not plan.writes:  # nobody would read it
@@ -411,9 +514,8 @@ class Rollout:
             self._record(tick, call, row, tuple(frames), [level], plan, expert)
             timestep = self._timestep([level], tuple(frames))
             self._forward(expert, x, channels, timestep, text, context, commit_only=True)
-            store.publish(plan, *([context] if isinstance(store, GraphStore) else []))
-        self.policy.commit([f for part in frames for f in part])
-        self._plans = {}  # they followed what was committed before
+            calls.append((store, plan, context))
+        self._publish(calls, [f for part in frames for f in part])
         self.timings.add("commit" if call.source == "flight" else "recache", begin)
 
     def _record(
@@ -444,4 +546,5 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
 
 
 def _saved(flight: Flight) -> dict:
-    return {"x": flight.x, "frames": (flight.frames.start, flight.frames.stop), "channels": flight.channels}
+    frames = (flight.frames.start, flight.frames.stop)
+    return {"x": flight.x, "frames": frames, "channels": flight.channels, "p": flight.p}

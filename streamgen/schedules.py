@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from itertools import count, islice
+from typing import Any, Protocol
 
 from streamgen.errors import InputError
 from streamgen.registry import Registry
@@ -45,12 +46,16 @@ class SlotOp(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One chunk's part in a row: it comes in at level p_in of its ladder and leaves at p_out."""
+    """One chunk's part in a row: it comes in at level p_in of its ladder and leaves at p_out.
+
+    `publish`: the keys and values of this very call become visible to later ones.
+    """
 
     chunk: int
     op: SlotOp
     p_in: int
     p_out: int
+    publish: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +67,15 @@ class Lane:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Slots that see each other's keys in one forward; rows of one call may belong to several streams."""
+    """Slots of one forward that see each other's keys; rows of one call may belong to several streams.
+
+    `causal`: a slot sees the slots before it and itself, not those after it.
+    """
 
     slots: tuple[Slot, ...]
     stream: int = 0
     lane: Lane = Lane()
+    causal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +86,15 @@ class Call:
     rows: tuple[Row, ...]
     source: str = "flight"
 
+    @property
+    def commits(self) -> bool:
+        """Whether this is a call of its own that publishes a chunk as it is finished."""
+        return self.kind is CallKind.CLEAN and self.source == "flight"
+
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Calls before `commits` make `emits`; the commits run after emission, before the next chunk is touched."""
+    """`calls` finish `emits`; the commits run after these are emitted, before anything of the next tick."""
 
     index: int
     ops: tuple[Op, ...]
@@ -91,12 +105,14 @@ class Tick:
 
 Steps = Callable[[int], int]  # chunk -> length of its ladder
 
+HORIZON = 32  # chunks beyond the last listed ladder and gap that a check looks at: everything repeats from there
+
 
 class Schedule(Protocol):
     """What `register_schedule` takes."""
 
-    def ticks(self, steps: Steps, chunks: int | None, first_chunk: int = 0) -> Iterator[Tick]:
-        """Ticks for `chunks` chunks in all (None = endless), from where `first_chunk` would begin."""
+    def ticks(self, steps: Steps, chunks: int | None, first_tick: int = 0) -> Iterator[Tick]:
+        """Ticks for `chunks` chunks in all (None = endless), from tick `first_tick` on."""
         ...
 
     def in_flight(self, steps: Steps) -> int:
@@ -107,48 +123,147 @@ class Schedule(Protocol):
 SCHEDULES: Registry = Registry("schedule", "streamgen.schedules")
 register_schedule = SCHEDULES.register
 
+COMMITS = ("separate", "fused", "inplace", "none")
+
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """`commit`: "separate" runs a finished chunk once more at its commit level; "none" never publishes it."""
+    """When chunks enter and how finished ones are published.
 
+    Args:
+        stagger: "solo" = a chunk enters when the one before it has finished; a number of ticks between two entries; or
+            a list of them, the last repeats.
+        commit: "separate" runs a finished chunk once more at its commit level; "fused" lets it ride along with the next
+            call; "inplace" keeps the keys and values of its last step; "none" never publishes it.
+    """
+
+    stagger: Any = "solo"
     commit: str = "separate"
 
     def __post_init__(self) -> None:
-        if self.commit not in ("separate", "none"):
-            raise InputError(f"schedule.commit {self.commit!r} is unknown: use separate or none")
+        if self.commit not in COMMITS:
+            raise InputError(f"schedule.commit {self.commit!r} is unknown: use {', '.join(COMMITS)}")
+        gaps = self.stagger if isinstance(self.stagger, (list, tuple)) else [self.stagger]
+        if self.stagger != "solo" and not (gaps and all(type(gap) is int and gap >= 0 for gap in gaps)):
+            raise InputError(
+                f"schedule.stagger {self.stagger!r} is unknown: use solo, a number of ticks, or a list of such numbers"
+            )
 
 
-@register_schedule("solo", ScheduleOptions)
-class SoloSchedule:
-    """One chunk at a time, all its steps, then its commit (Self-Forcing, arXiv:2506.08009)."""
+class Staggered:
+    """Chunk k enters at tick S_k and takes step p at tick S_k + p; a coupling says which chunks share a forward."""
 
     def __init__(self, options: ScheduleOptions) -> None:
         self.options = options
 
-    def in_flight(self, steps: Steps) -> int:
-        return 1
+    def rows(self, slots: tuple[Slot, ...]) -> tuple[Row, ...]:
+        """Rows of a tick, from the slots that are due, oldest chunk first."""
+        raise NotImplementedError
 
-    def ticks(self, steps: Steps, chunks: int | None, first_chunk: int = 0) -> Iterator[Tick]:
-        index = sum(steps(k) for k in range(first_chunk))
-        chunk = first_chunk
-        while chunks is None or chunk < chunks:
-            n = steps(chunk)
-            for p in range(n):
-                row = Row((Slot(chunk, SlotOp.STEP, p, p + 1),))
-                last = p + 1 == n
-                yield Tick(
-                    index,
-                    ops=(Op(OpKind.BEGIN, chunk),) if p == 0 else (),
-                    calls=(Call(CallKind.DENOISE, (row,)),),
-                    emits=(chunk,) if last else (),
-                    commits=(clean_call((chunk,), steps),) if last and self.options.commit == "separate" else (),
+    def gap(self, chunk: int, steps: Steps) -> int:
+        """Ticks between the entries of this chunk and the next."""
+        stagger = self.options.stagger
+        if stagger == "solo":
+            return steps(chunk)
+        return stagger if isinstance(stagger, int) else stagger[min(chunk, len(stagger) - 1)]
+
+    def entries(self, steps: Steps) -> Iterator[tuple[int, int]]:
+        """(chunk, tick it enters at), without end. Raises InputError where a chunk would overtake the one before."""
+        tick = last = 0
+        for chunk in count():
+            if tick + steps(chunk) < last:
+                raise InputError(
+                    f"chunk {chunk} with {steps(chunk)} steps would be finished before chunk {chunk - 1} with "
+                    f"{steps(chunk - 1)}: raise schedule.stagger or give later chunks no shorter ladders"
                 )
-                index += 1
-            chunk += 1
+            yield chunk, tick
+            last = tick + steps(chunk)
+            tick += self.gap(chunk, steps)
+
+    def ticks(self, steps: Steps, chunks: int | None, first_tick: int = 0) -> Iterator[Tick]:
+        if chunks is None and self.options.stagger == 0:
+            raise InputError("schedule.stagger=0 starts all chunks at once: give the stream a number of frames")
+        entries = islice(self.entries(steps), chunks)
+        entering = next(entries, None)
+        levels: dict[int, int] = {}  # of the chunks in flight
+        owed: tuple[int, ...] = ()  # finished, to be published by the next call
+        index = 0
+        while entering or levels:
+            begins = []
+            while entering and entering[1] == index:
+                levels[entering[0]] = 0
+                begins.append(entering[0])
+                entering = next(entries, None)
+            if levels:
+                tick = self._tick(index, begins, levels, steps, owed)
+                owed = tick.emits if self.options.commit == "fused" else ()
+                if index >= first_tick:
+                    yield tick
+            levels = {chunk: p + 1 for chunk, p in levels.items() if p + 1 < steps(chunk)}
+            index += 1
+
+    def _tick(self, index: int, begins: list[int], levels: dict[int, int], steps: Steps, owed: tuple[int, ...]) -> Tick:
+        commit = self.options.commit
+        clean = tuple(clean_slot(k, steps) for k in owed)
+        slots = tuple(
+            Slot(k, SlotOp.STEP, p, p + 1, publish=commit == "inplace" and p + 1 == steps(k))
+            for k, p in levels.items()
+        )
+        done = tuple(slot.chunk for slot in slots if slot.p_out == steps(slot.chunk))
+        return Tick(
+            index,
+            ops=tuple(Op(OpKind.BEGIN, chunk) for chunk in begins),
+            calls=(Call(CallKind.DENOISE, self.rows(clean + slots)),),
+            emits=done,
+            commits=tuple(clean_call((k,), steps) for k in done) if commit == "separate" else (),
+        )
+
+    def in_flight(self, steps: Steps) -> int:
+        gaps = self.options.stagger
+        listed = len(gaps) if isinstance(gaps, (list, tuple)) else 1
+        if gaps == 0:
+            return 1  # as many as the stream has; see `Engine.flight_frames`
+        spans = [(tick, tick + steps(chunk)) for chunk, tick in islice(self.entries(steps), listed + HORIZON)]
+        return max(sum(begin <= tick < end for begin, end in spans) for tick, _ in spans)
+
+
+@register_schedule("solo", ScheduleOptions)
+class SoloSchedule(Staggered):
+    """One chunk at a time, all its steps, then its commit (Self-Forcing, arXiv:2506.08009)."""
+
+    def __init__(self, options: ScheduleOptions) -> None:
+        if options.stagger != "solo":
+            raise InputError(
+                f"schedule.stagger={options.stagger} puts several chunks in flight, which schedule.coupling=solo "
+                "cannot: use joint or joint-causal"
+            )
+        super().__init__(options)
+
+    def rows(self, slots: tuple[Slot, ...]) -> tuple[Row, ...]:
+        return (Row(slots, causal=len(slots) > 1),)
+
+
+@register_schedule("joint", ScheduleOptions)
+class JointSchedule(Staggered):
+    """Chunks in flight see each other, older ones cleaner (Rolling Forcing, arXiv:2509.25161; StreamDiT)."""
+
+    def rows(self, slots: tuple[Slot, ...]) -> tuple[Row, ...]:
+        return (Row(slots),)
+
+
+@register_schedule("joint-causal", ScheduleOptions)
+class JointCausalSchedule(Staggered):
+    """Chunks in flight share a forward and each sees the older ones alone (MAGI-1, arXiv:2505.13211)."""
+
+    def rows(self, slots: tuple[Slot, ...]) -> tuple[Row, ...]:
+        return (Row(slots, causal=True),)
+
+
+def clean_slot(chunk: int, steps: Steps) -> Slot:
+    """A finished chunk, run for its keys and values."""
+    return Slot(chunk, SlotOp.CLEAN, steps(chunk), steps(chunk), publish=True)
 
 
 def clean_call(chunks: tuple[int, ...], steps: Steps, source: str = "flight") -> Call:
     """Finished chunks in one CLEAN row."""
-    slots = tuple(Slot(k, SlotOp.CLEAN, steps(k), steps(k)) for k in chunks)
-    return Call(CallKind.CLEAN, (Row(slots),), source)
+    return Call(CallKind.CLEAN, (Row(tuple(clean_slot(k, steps) for k in chunks)),), source)

@@ -3,17 +3,21 @@
 `plan` holds the words of a plan, `policies` who writes plans, `store` the bytes and the attention that follows a plan.
 """
 
-from streamgen.cache.plan import Group, Plan, Segment, Write
-from streamgen.cache.policies import CachePolicy, WindowPolicy, register_policy
+from streamgen.cache.anchors import AnchorPolicy
+from streamgen.cache.plan import Fold, Group, Plan, Segment, Write
+from streamgen.cache.policies import CachePolicy, Sizes, WindowPolicy, register_policy
 from streamgen.cache.store import CacheContext, GraphStore, KVStore
 
 __all__ = [
+    "AnchorPolicy",
     "CacheContext",
     "CachePolicy",
+    "Fold",
     "GraphStore",
     "Group",
     "KVStore",
     "Plan",
+    "Sizes",
     "Segment",
     "WindowPolicy",
     "Write",

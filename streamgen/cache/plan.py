@@ -56,11 +56,29 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True)
+class Fold:
+    """Blend one page into another before anything is written: target <- decay·target + (1 - decay)·source.
+
+    `precision`: "fp32" keeps the target's sum in float32 beside its page, "cache" rounds it every time.
+    """
+
+    source: int
+    target: int
+    decay: float
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """All groups of a row, and what becomes visible to others when the call is committed."""
+    """All groups of a row, and what becomes visible to others when the call is committed: folds first, then writes.
+
+    `stages`: written as soon as the call is through, read by later calls of the same chunk alone.
+    """
 
     groups: tuple[Group, ...]
     writes: tuple[Write, ...] = ()
+    folds: tuple[Fold, ...] = ()
+    stages: tuple[Write, ...] = ()
 
     def signature(self) -> tuple:
         """Shapes alone: two plans with one signature can share a captured graph."""

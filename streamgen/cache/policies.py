@@ -10,17 +10,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from streamgen.cache.plan import FLIGHT, Group, Plan, Segment, Write
+from streamgen.cache.plan import FLIGHT, Fold, Group, Plan, Segment, Write
+from streamgen.cache.positions import Seen, position_rule
+from streamgen.config import StreamConfig
 from streamgen.errors import InputError
 from streamgen.registry import Registry
-from streamgen.schedules import Call, CallKind, Row
+from streamgen.schedules import Call, Row, SlotOp
 
 POLICIES: Registry = Registry("cache policy", "streamgen.policies")
 register_policy = POLICIES.register
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Latent frames of a chunk, of all chunks in flight at most, and of the stream (None = endless)."""
+
+    chunk: int
+    flight: int
+    total: int | None = None
+
+
 class CachePolicy(Protocol):
-    """What `register_policy` takes: `cls(options, flight_frames, total_frames)`."""
+    """What `register_policy` takes: `cls(options, sizes)`.
+
+    `options` are made from `cache.options`, or by their own `from_config(StreamConfig)` if they have one.
+    """
 
     pages: int  # persistent pages of one lane's cache
 
@@ -32,8 +46,19 @@ class CachePolicy(Protocol):
         """These frames are now in their pages."""
         ...
 
-    def switch(self, mode: str) -> range | None:
-        """A new prompt takes effect: which committed frames are to be re-encoded under it (None = none)."""
+    def switch(self, mode: str, requested: int) -> range | None:
+        """A new prompt takes effect at the next chunk: which committed frames are to be re-encoded (None = none).
+
+        Called before they are; `switched` afterwards. `requested`: the latent frame the user named.
+        """
+        ...
+
+    def switched(self, mode: str, requested: int) -> None:
+        """The new prompt is in effect."""
+        ...
+
+    def variant(self, row: Row) -> object:
+        """What a plan depends on besides a row's frames: steps of a chunk with equal variants share one plan."""
         ...
 
     def state_dict(self) -> dict: ...
@@ -42,92 +67,210 @@ class CachePolicy(Protocol):
 
 @dataclass(frozen=True)
 class WindowOptions:
-    """Sizes in latent frames; `window` = sink + recent + flight, -1 = everything (finite streams only)."""
+    """Sizes in latent frames; `window` = sink + recent + flight, -1 = everything (finite streams only).
+
+    Args:
+        capacity: frames kept, if more than a step reads (a drain and `commit_reads` "tail" read further back).
+        commit_reads: what a separate commit sees: "same" as a step of its chunk, or "tail" = the last `window` frames
+            in a row, the sink among them only while it still is (Rolling Forcing's release).
+        ema_decay: frames that leave are folded into the sink with this decay (Reward Forcing, arXiv:2512.04678).
+        ema_precision: "fp32" keeps the fold's sums apart, "cache" in the cache's dtype as released.
+        span: temporal positions the model was trained on.
+        switch_sink: at a switch "keep" the sink, or "replace" it by the first frames that are re-encoded.
+    """
 
     window: int = 21
     sink: int = 0
     positions: str = "absolute"
+    capacity: int | None = None
+    commit_reads: str = "same"
+    ema_decay: float | None = None
+    ema_precision: str = "fp32"
+    switch_sink: str = "keep"
+    span: int = 21
 
     def __post_init__(self) -> None:
         if self.sink < 0:
             raise InputError(f"cache.sink cannot be negative, got {self.sink}")
         if self.window != -1 and self.window < 1:
             raise InputError(f"cache.window is a number of latent frames, or -1 for all of them, got {self.window}")
-        if self.positions not in ("absolute", "packed"):
-            raise InputError(f"positions.rule {self.positions!r} is unknown: use absolute or packed")
+        if self.capacity is not None and self.capacity < self.window:
+            raise InputError(f"cache.capacity={self.capacity} is below cache.window={self.window}: keep what is read")
+        if self.commit_reads not in ("same", "tail"):
+            raise InputError(f"cache.commit_reads {self.commit_reads!r} is unknown: use same or tail")
+        if self.switch_sink not in ("keep", "replace"):
+            raise InputError(f"switch.sink {self.switch_sink!r} is unknown: use keep or replace")
+        if self.ema_decay is not None:
+            self._check_ema()
+        position_rule(self.positions)
+
+    def _check_ema(self) -> None:
+        if not 0 < self.ema_decay < 1:
+            raise InputError(f"cache.ema_decay={self.ema_decay} must lie between 0 and 1, both excluded")
+        if not self.sink:
+            raise InputError(f"cache.ema_decay={self.ema_decay} needs a sink to fold into, and cache.sink is 0")
+        if self.ema_precision not in ("fp32", "cache"):
+            raise InputError(f"cache.ema_precision {self.ema_precision!r} is unknown: use fp32 or cache")
+
+    @classmethod
+    def from_config(cls, config: StreamConfig) -> WindowOptions:
+        cache = config.cache
+        return cls(
+            cache.window, cache.sink, config.positions.rule, cache.capacity, cache.commit_reads, cache.ema_decay,
+            cache.ema_precision, config.switch.sink, config.positions.span,
+        )  # fmt: skip
 
 
 @register_policy("window", WindowOptions)
 class WindowPolicy:
-    """A static sink and the most recent frames (StreamingLLM's sinks in LongLive's form, arXiv:2509.22622).
+    """A sink and the most recent frames (StreamingLLM's sinks in LongLive's form, arXiv:2509.22622)."""
 
-    Positions: "absolute" = the frame's own number; "packed" = rank among what is visible, so they never grow.
-    """
+    extra_region = "extra"
 
-    def __init__(self, options: WindowOptions, flight_frames: int, total_frames: int | None) -> None:
-        self.options = options
-        floor = options.sink + flight_frames
+    def __init__(self, options: WindowOptions, sizes: Sizes) -> None:
+        self.options, self.sizes = options, sizes
+        self.rule = position_rule(options.positions)
+        floor = options.sink + sizes.flight
         if options.window == -1:
-            if total_frames is None:
+            if sizes.total is None:
                 raise InputError("cache.window=-1 keeps every frame, which an endless stream cannot: give a window")
-            self.sink, self.recent = 0, total_frames
+            self.sink, self.ring = 0, sizes.total
         elif options.window < floor:
             raise InputError(
                 f"cache.window={options.window} is below its floor {floor} = cache.sink {options.sink} + "
-                f"{flight_frames} frames in flight: raise cache.window or lower cache.sink"
+                f"{sizes.flight} frames in flight: raise cache.window or lower cache.sink"
             )
         else:
-            self.sink, self.recent = options.sink, options.window - floor
+            self.sink = options.sink
+            self.ring = (options.capacity or options.window) - options.sink - sizes.chunk
+        if options.ema_decay is not None and self.ring < sizes.chunk:
+            raise InputError(
+                f"cache.ema_decay folds frames that leave the window, and cache.window={options.window} keeps none "
+                f"beside cache.sink {options.sink}: give {options.sink + 2 * sizes.chunk} or more"
+            )
         self.base = 0  # the stream frame the sink begins at
         self.frames = 0  # frames committed so far: the next one's number
         self.oldest = 0  # nothing before this frame is read, the sink apart
 
     @property
     def pages(self) -> int:
-        return self.sink + self.recent
+        return self.sink + self.ring
 
     def page(self, frame: int) -> int | None:
         """Where a frame lies; None if it has no place (a window without recent frames)."""
         offset = frame - self.base
         if offset < self.sink:
             return offset
-        return self.sink + (offset - self.sink) % self.recent if self.recent else None
+        return self.sink + (offset - self.sink) % self.ring if self.ring else None
 
-    def visible(self, before: int, without: range = range(0)) -> tuple[list[int], list[int]]:
-        """(sink frames, recent frames) that a chunk beginning at frame `before` reads."""
-        end = min(before, self.frames)
-        sink = [f for f in range(self.base, min(end, self.base + self.sink)) if f not in without]
-        first = max(self.base + self.sink, self.oldest, end - self.recent)
-        return sink, [f for f in range(first, end) if f not in without]
+    # ------------------------------------------------------------------------------------------- reads
+    def visible(self, end: int, room: int) -> tuple[range, range]:
+        """(sink frames, recent frames) before frame `end` for a call that has room for so many recent ones."""
+        end = min(end, self.frames)
+        sink = range(self.base, max(self.base, min(end, self.base + self.sink)))
+        first = max(self.base + self.sink, self.oldest, end - min(room, self.ring))
+        return sink, range(min(first, end), end)
 
     def plan(self, call: Call, row: Row, frames: Sequence[range]) -> Plan:
         own = [frame for part in frames for frame in part]
-        redo = range(own[0], own[-1] + 1) if call.source == "past" else range(0)
-        sink, recent = self.visible(own[0] if not redo else self.frames, redo)
-        recent = [] if redo else recent
-        order = [*sink, *recent, *own]
-        packed = self.options.positions == "packed"
-        position = dict(zip(order, range(len(order)), strict=True)) if packed else {f: f for f in order}
-        segments = [self._segment("sink", sink, position), self._segment("recent", recent, position)]
-        flight = Segment(FLIGHT, tuple(range(len(own))), tuple(own), tuple(position[f] for f in own))
-        group = Group(flight.pages, flight.positions, tuple(s for s in (*segments, flight) if s.pages))
-        return Plan((group,), self._writes(own) if call.kind is CallKind.CLEAN else ())
+        if call.source == "past":
+            groups = (self._recache_group(own),)
+        elif call.commits and self.options.commit_reads == "tail":
+            groups = (self._tail_group(own),)
+        elif row.causal or len({slot.op is SlotOp.CLEAN for slot in row.slots}) > 1:
+            groups = tuple(self._group(own, part) for part in self._causal_parts(row, frames))
+        else:
+            groups = (self._group(own, (0, len(own), len(own))),)
+        published, folds = own, ()
+        if call.source == "flight":
+            published = [frame for slot, part in zip(row.slots, frames, strict=True) if slot.publish for frame in part]
+            folds = self._folds(published)
+        return Plan(groups, self._writes(own, published), folds)
 
-    def _segment(self, region: str, frames: list[int], position: dict[int, int]) -> Segment:
-        return Segment(
-            region, tuple(self.page(f) for f in frames), tuple(frames), tuple(position[f] for f in frames)
-        )
+    def _causal_parts(self, row: Row, frames: Sequence[range]) -> list[tuple[int, int, int]]:
+        """(first query, end of queries, end of keys) as indices into the call, one part per set of readers."""
+        parts, start = [], 0
+        for slot, part in zip(row.slots, frames, strict=True):
+            alone = row.causal or slot.op is SlotOp.CLEAN
+            stop = start + len(part)
+            if parts and not alone and not parts[-1][3]:  # slots that see each other are one part
+                first, *_ = parts.pop()
+                parts.append((first, stop, stop, False))
+            else:
+                parts.append((start, stop, stop, alone))
+            start = stop
+        return [part[:3] for part in parts]
 
-    def _writes(self, frames: list[int]) -> tuple[Write, ...]:
+    def _group(self, own: list[int], part: tuple[int, int, int]) -> Group:
+        """Queries own[first:stop] that read the cache and own[:end]."""
+        first, stop, end = part
+        window = self.options.window
+        room = self.ring if window == -1 else window - self.sink - end
+        sink, recent = self.visible(own[0], max(0, room))
+        return self._read(sink, recent, own, part)
+
+    def _tail_group(self, own: list[int]) -> Group:
+        """The last frames in a row, at their own numbers."""
+        first = own[-1] + 1 - self.options.window
+        sink = [f for f in range(self.base, self.base + self.sink) if first <= f < own[0]]
+        recent = range(max(self.base + self.sink, self.oldest, first), own[0])
+        return self._read(sink, recent, own, (0, len(own), len(own)), rule=position_rule("absolute"))
+
+    def _recache_group(self, own: list[int]) -> Group:
+        """Re-encoded frames see each other and the sink before them."""
+        sink = [f for f in range(self.base, min(self.frames, self.base + self.sink)) if f < own[0]]
+        return self._read(sink, range(0), own, (0, len(own), len(own)))
+
+    def _read(
+        self, sink, recent, own: list[int], part: tuple[int, int, int], extra: dict[int, int] | None = None, rule=None
+    ) -> Group:
+        """Queries own[first:stop] over the sink, `extra` (frame -> page), recent frames and own[:end]."""
+        first, stop, end = part
+        extra = extra or {}
+        pages = {frame: self.page(frame) for frame in (*sink, *recent)}
+        regions = (("sink", sink, pages), (self.extra_region, list(extra), extra), ("recent", recent, pages))
+        seen = Seen(sink, list(extra), recent, own[:end], self.options.window, self.options.span)
+        positions = tuple((rule or self.rule)(seen))
+        segments, start = [], 0
+        for name, frames, where in regions:
+            at = positions[start : start + len(frames)]
+            segments.append(Segment(name, tuple(where[f] for f in frames), tuple(frames), at))
+            start += len(frames)
+        segments.append(Segment(FLIGHT, tuple(range(end)), tuple(own[:end]), positions[start:]))
+        queries = positions[start + first : start + stop]
+        return Group(tuple(range(first, stop)), queries, tuple(s for s in segments if s.pages))
+
+    # ------------------------------------------------------------------------------------------- writes
+    def _writes(self, own: list[int], published: list[int]) -> tuple[Write, ...]:
         """Of several frames that share a page the last one stays; a page nobody reads again is not written."""
-        pages = {self.page(frame): Write(index, frame, self.page(frame)) for index, frame in enumerate(frames)}
+        index = {frame: i for i, frame in enumerate(own)}
+        pages = {self.page(frame): Write(index[frame], frame, self.page(frame)) for frame in published}
         pages.pop(None, None)
         return tuple(pages.values())
+
+    def _folds(self, published: list[int]) -> tuple[Fold, ...]:
+        """Frames that these push out of the ring, into the sink in turn; done before anything is written."""
+        if self.options.ema_decay is None or not published:
+            return ()
+        leaving = range(
+            max(self.base + self.sink, self.frames - self.ring),
+            max(self.base + self.sink, published[-1] + 1 - self.ring),
+        )
+        return tuple(
+            Fold(self.page(f), (f - self.base) % self.sink, self.options.ema_decay, self.options.ema_precision)
+            for f in leaving
+        )
 
     def commit(self, frames: Sequence[int]) -> None:
         self.frames = max(self.frames, frames[-1] + 1)
 
-    def switch(self, mode: str) -> range | None:
+    def variant(self, row: Row) -> object:
+        return any(slot.publish for slot in row.slots)
+
+    def switched(self, mode: str, requested: int) -> None:
+        pass
+
+    def switch(self, mode: str, requested: int) -> range | None:
         if mode == "cut":
             self.oldest = self.frames
         if mode != "recache" or not self.frames:
@@ -135,7 +278,12 @@ class WindowPolicy:
         # the sink is re-encoded only while the whole stream fits the window; later it keeps its first prompt
         window = self.options.window
         whole = self.oldest <= self.base and (window == -1 or self.frames - self.base <= window)
-        first = self.base if whole else max(self.base + self.sink, self.oldest, self.frames - (window - self.sink))
+        if whole:
+            first = self.base
+        elif self.options.switch_sink == "replace":
+            first = self.base = self.oldest = max(self.oldest, self.frames - window)
+        else:
+            first = max(self.base + self.sink, self.oldest, self.frames - (window - self.sink))
         return range(first, self.frames) if first < self.frames else None
 
     def state_dict(self) -> dict:

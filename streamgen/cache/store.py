@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamgen.cache.plan import FLIGHT, Group, Plan, Segment
+from streamgen.cache.plan import FLIGHT, Fold, Group, Plan, Segment, Write
 from streamgen.kernels.attention import attend
 from streamgen.kernels.rope import rotate
 from streamgen.models.rope import RotaryEmbedding
@@ -51,6 +51,7 @@ class KVStore:
         self.values = torch.zeros_like(self.keys)
         self.rotated = torch.zeros_like(self.keys)
         self.angles: list[tuple[float, float] | None] = [None] * pages  # (position, phase) each page is rotated to
+        self.sums: dict[tuple[str, int], Tensor] = {}  # float32 state of folded pages
         self._forget_views()
 
     def _forget_views(self) -> None:
@@ -60,7 +61,8 @@ class KVStore:
 
     @property
     def nbytes(self) -> int:
-        return 3 * self.keys.numel() * self.keys.element_size()
+        sums = sum(tensor.numel() * tensor.element_size() for tensor in self.sums.values())
+        return 3 * self.keys.numel() * self.keys.element_size() + sums
 
     def rotate_pages(self, rope: RotaryEmbedding, wanted: dict[int, tuple[float, float]]) -> None:
         """Bring the rotated copy of these pages to (position, phase)."""
@@ -80,16 +82,37 @@ class KVStore:
         for page in stale:
             self.angles[page] = wanted[page]
 
-    def publish(self, plan: Plan) -> None:
+    def publish(self, plan: Plan, context: CacheContext | None = None) -> None:
         """Make a finished call's frames visible: tentative pages -> their own."""
-        if not plan.writes:
+        self._fold(plan.folds)
+        self._write(plan.writes)
+
+    def stage(self, plan: Plan, context: CacheContext | None = None) -> None:
+        """Keep what later calls of the same chunk read."""
+        self._write(plan.stages)
+
+    def _write(self, writes: Sequence[Write]) -> None:
+        if not writes:
             return
-        source = torch.tensor([self.pages + w.index for w in plan.writes], device=self.keys.device)
-        target = torch.tensor([w.page for w in plan.writes], device=self.keys.device)
+        source = torch.tensor([self.pages + w.index for w in writes], device=self.keys.device)
+        target = torch.tensor([w.page for w in writes], device=self.keys.device)
         for tensor in (self.keys, self.values):
             tensor.index_copy_(2, target, tensor.index_select(2, source))
-        for write in plan.writes:
+        for write in writes:
             self.angles[write.page] = None
+            for name in ("keys", "values"):
+                self.sums.pop((name, write.page), None)
+
+    def _fold(self, folds: Sequence[Fold]) -> None:
+        """Blend pages into pages; sums in float32 are kept beside the page they are rounded to."""
+        for fold in folds:
+            for name, tensor in (("keys", self.keys), ("values", self.values)):
+                target = self.sums.get((name, fold.target), tensor[:, :, fold.target].float())
+                target = torch.lerp(tensor[:, :, fold.source].float(), target, fold.decay)
+                if fold.precision == "fp32":
+                    self.sums[name, fold.target] = target
+                tensor[:, :, fold.target] = target
+            self.angles[fold.target] = None
 
     def bind(self, plan: Plan, rope: RotaryEmbedding) -> CacheContext:
         return CacheContext(self, plan, rope)
@@ -99,17 +122,22 @@ class KVStore:
         other = object.__new__(KVStore)
         other.geometry, other.pages, other.flight = self.geometry, self.pages, self.flight
         other.keys, other.values, other.rotated = self.keys.clone(), self.values.clone(), self.rotated.clone()
-        other.angles = list(self.angles)
+        other.angles, other.sums = list(self.angles), dict(self.sums)
         other._forget_views()
         return other
 
     def state_dict(self) -> dict:
         """Keys and values of the persistent pages; the rotated copy follows from them."""
-        return {"keys": self.keys[:, :, : self.pages].clone(), "values": self.values[:, :, : self.pages].clone()}
+        return {
+            "keys": self.keys[:, :, : self.pages].clone(),
+            "values": self.values[:, :, : self.pages].clone(),
+            "sums": dict(self.sums),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.keys[:, :, : self.pages] = state["keys"]
         self.values[:, :, : self.pages] = state["values"]
+        self.sums = {key: tensor.to(self.keys.device) for key, tensor in state["sums"].items()}
         self.angles = [None] * self.pages
 
 
@@ -118,7 +146,7 @@ class CacheContext:
 
     def __init__(self, store: KVStore, plan: Plan, rope: RotaryEmbedding) -> None:
         self.store, self.plan = store, plan
-        self.keep = bool(plan.writes)  # raw keys are needed only if they may be published
+        self.keep = bool(plan.writes or plan.stages)  # raw keys are needed only if they may be published
         wanted: dict[int, tuple[float, float]] = {}
         for segment in _cached_segments(plan):
             for page, position in zip(segment.pages, segment.positions, strict=True):
@@ -236,10 +264,20 @@ class GraphStore:
         self.layers: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(geometry.layers)]
 
     def publish(self, plan: Plan, context: GraphContext) -> None:
+        for fold in plan.folds:
+            for pages in self.layers:
+                blend = (torch.lerp(new, old, fold.decay) for new, old in zip(pages[fold.source], pages[fold.target]))
+                pages[fold.target] = tuple(blend)
+        self._write(plan.writes, context)
+
+    def stage(self, plan: Plan, context: GraphContext) -> None:
+        self._write(plan.stages, context)
+
+    def _write(self, writes: Sequence[Write], context: GraphContext) -> None:
         for layer, (key, value) in context.staged.items():
             tokens = self.geometry.tokens_per_frame
             keys, values = (t.unflatten(1, (-1, tokens)) for t in (key, value))
-            for write in plan.writes:
+            for write in writes:
                 self.layers[layer][write.page] = (keys[:, write.index], values[:, write.index])
 
     def bind(self, plan: Plan, rope: RotaryEmbedding) -> GraphContext:
@@ -282,5 +320,5 @@ class GraphContext:
         return attend(query, keys, values, mask=mask)
 
     def stage(self, layer: int, key: Tensor, value: Tensor) -> None:
-        if self.plan.writes:
+        if self.plan.writes or self.plan.stages:
             self.staged.setdefault(layer, (key, value))  # the first pass counts, not its recompute

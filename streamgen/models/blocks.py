@@ -8,6 +8,7 @@ to 100 tokens) the number of operations costs as much as the arithmetic, hence t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,13 @@ class TextKeys:
     @property
     def num_prompts(self) -> int:
         return self.keys[0].shape[1]
+
+    @classmethod
+    def join(cls, parts: Sequence[TextKeys]) -> TextKeys:
+        """The prompts of several beside each other; all for the same samples, hence with the same picture."""
+        keys = (torch.cat(layer, 1) for layer in zip(*(part.keys for part in parts), strict=True))
+        values = (torch.cat(layer, 1) for layer in zip(*(part.values for part in parts), strict=True))
+        return cls(tuple(keys), tuple(values), parts[0].image_keys, parts[0].image_values)
 
     def layer(self, index: int) -> KeyValue:
         """One block's keys and values, prompts folded into the batch: [B·P, L, H, D]."""

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from streamgen.cache import GraphStore, Group, KVStore, Plan, Segment, WindowPolicy, Write
+from streamgen.cache import GraphStore, Group, KVStore, Plan, Segment, Sizes, WindowPolicy, Write
 from streamgen.cache.plan import FLIGHT
 from streamgen.cache.policies import POLICIES, WindowOptions
 from streamgen.cache.store import Geometry
@@ -42,7 +42,7 @@ def walk(policy: WindowPolicy, size: int, chunks: int):
 
 
 def window(size: int, sink: int, window: int, positions: str = "absolute") -> WindowPolicy:
-    return WindowPolicy(WindowOptions(window, sink, positions), size, None)
+    return WindowPolicy(WindowOptions(window, sink, positions), Sizes(size, size))
 
 
 @st.composite
@@ -165,7 +165,7 @@ def test_recache_re_encodes_what_the_window_holds_and_keeps_an_old_sink(stream, 
     policy = window(size, sink, frames, positions)
     list(walk(policy, size, done))
     total = done * size
-    redo = policy.switch("recache")
+    redo = policy.switch("recache", policy.frames)
     assert redo == (range(total) if total <= frames else range(max(sink, total - (frames - sink)), total))
     plan = plan_of(policy, clean_call((0,), lambda k: 1, source="past"), redo)
     kept = list(range(sink)) if total > frames else []
@@ -192,7 +192,7 @@ def test_worked_table_of_longlive_recache(done, frames, keys):
     """Window 12, sink 3 (spec 03 A.2): of LongLive's 12 frames the first 3 come to nothing in a longer stream."""
     policy = window(3, 3, 12)
     list(walk(policy, 3, done))
-    assert policy.switch("recache") == frames
+    assert policy.switch("recache", policy.frames) == frames
     plan = plan_of(policy, clean_call((0,), lambda k: 1, source="past"), frames)
     assert list(plan.groups[0].key_frames) == keys
 
@@ -203,27 +203,28 @@ def test_cut_hides_recent_frames_and_keeps_the_sink(stream, before, after):
     policy = window(size, sink, frames, positions)
     list(walk(policy, size, before))
     total = before * size
-    assert policy.switch("cut") is None
+    assert policy.switch("cut", policy.frames) is None
     for chunk in range(before, before + after):
         own = range(chunk * size, (chunk + 1) * size)
         seen = plan_of(policy, denoise(chunk), own).groups[0].key_frames
         limit = max(total, own.stop - (frames - sink))
         assert list(seen) == [f for f in range(own.stop) if f < min(sink, own.start) or f >= limit]
         policy.commit(list(own))
-    assert policy.switch("keep") is None
+    assert policy.switch("keep", policy.frames) is None
     if total:  # what was cut is not re-encoded either
-        assert policy.switch("recache").start == max(sink, total, own.stop - (frames - sink))
+        first = max(sink, total, own.stop - (frames - sink))
+        assert policy.switch("recache", policy.frames) == (range(first, own.stop) if first < own.stop else None)
 
 
 def test_recache_right_after_a_cut_has_nothing_to_re_encode():
     policy = window(3, 3, 12)
     list(walk(policy, 3, 6))
-    policy.switch("cut")
-    assert policy.switch("recache") is None
+    policy.switch("cut", policy.frames)
+    assert policy.switch("recache", policy.frames) is None
 
 
 def test_nothing_to_re_encode_before_the_first_chunk():
-    assert window(3, 3, 12).switch("recache") is None
+    assert window(3, 3, 12).switch("recache", 0) is None
 
 
 @given(streams(), st.integers(0, 8))
@@ -231,7 +232,7 @@ def test_policy_state_round_trip(stream, done):
     size, sink, frames, positions, _ = stream
     policy, other = window(size, sink, frames, positions), window(size, sink, frames, positions)
     list(walk(policy, size, done))
-    policy.switch("cut")
+    policy.switch("cut", policy.frames)
     other.load_state_dict(policy.state_dict())
     own = range(policy.frames, policy.frames + size)
     assert plan_of(policy, denoise(done), own) == plan_of(other, denoise(done), own)
@@ -246,15 +247,15 @@ def test_window_below_its_floor_is_refused_with_both_numbers():
 
 def test_everything_visible_is_refused_for_endless_streams():
     with pytest.raises(InputError, match="endless"):
-        WindowPolicy(WindowOptions(-1, 0), 3, None)
-    policy = WindowPolicy(WindowOptions(-1, 0), 3, 30)
+        WindowPolicy(WindowOptions(-1, 0), Sizes(3, 3))
+    policy = WindowPolicy(WindowOptions(-1, 0), Sizes(3, 3, 30))
     *_, (_, plan, _) = walk(policy, 3, 10)
     assert list(plan.groups[0].key_frames) == [*range(30)]
 
 
 @pytest.mark.parametrize(
     "options, word",
-    [(dict(sink=-1), "cache.sink"), (dict(window=0), "cache.window"), (dict(positions="pakced"), "absolute or packed")],
+    [(dict(sink=-1), "cache.sink"), (dict(window=0), "cache.window"), (dict(positions="pakced"), "use absolute")],
 )
 def test_bad_options_are_refused(options, word):
     with pytest.raises(InputError, match=word):
@@ -270,6 +271,11 @@ def test_unknown_policy_is_refused_with_the_choices():
 
 GEOMETRY = Geometry(layers=2, batch=2, height=2, width=1, heads=2, head_dim=12)
 TOKENS = GEOMETRY.tokens_per_frame
+
+
+def tensors(store: KVStore) -> dict[str, torch.Tensor]:
+    """What a store holds for good."""
+    return {name: tensor for name, tensor in store.state_dict().items() if name != "sums"}
 
 
 class Laboratory:
@@ -444,17 +450,17 @@ def test_one_page_at_two_positions_in_one_call_is_refused(lab):
 
 
 def test_i8_calls_change_nothing_until_they_are_published(lab):
-    committed = {name: tensor.clone() for name, tensor in lab.store.state_dict().items()}
+    committed = {name: tensor.clone() for name, tensor in tensors(lab.store).items()}
     plan = Plan((own_group(cached(0, 1)),), (Write(0, 6, 2), Write(1, 7, 3)))
     first = lab.attend(plan)
     for got, again in zip(first, lab.attend(plan)):
         assert torch.equal(got, again)
-    assert all(torch.equal(committed[name], tensor) for name, tensor in lab.store.state_dict().items())
+    assert all(torch.equal(committed[name], tensor) for name, tensor in tensors(lab.store).items())
     lab.store.publish(plan)
-    published = {name: tensor.clone() for name, tensor in lab.store.state_dict().items()}
+    published = {name: tensor.clone() for name, tensor in tensors(lab.store).items()}
     assert not torch.equal(published["keys"], committed["keys"])
     lab.store.publish(plan)  # a second time with the same input is no change
-    assert all(torch.equal(published[name], tensor) for name, tensor in lab.store.state_dict().items())
+    assert all(torch.equal(published[name], tensor) for name, tensor in tensors(lab.store).items())
     for page in (0, 1, 4, 5):
         assert torch.equal(published["keys"][:, :, page], committed["keys"][:, :, page])
 

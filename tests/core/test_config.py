@@ -14,7 +14,7 @@ def test_every_shipped_preset_loads_and_names_its_paper(name):
     config = load_preset(name)
     assert config.parity in ("golden", "weights", "schedule")
     first = (config_root() / "presets" / f"{name}.yaml").read_text().splitlines()[0]
-    assert re.match(r"# .+arXiv:\d{4}\.\d{4,5}", first), first
+    assert re.match(r"# .+(arXiv:\d{4}\.\d{4,5}|github\.com/\S+)", first), first  # the paper, or its code
 
 
 @pytest.mark.parametrize("name", available("models"))

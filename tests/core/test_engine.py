@@ -421,7 +421,7 @@ def test_i10_after_a_recache_no_visible_key_is_zero(tiny, model, embeds):
         rollout = start(Engine(model, tiny.config(*WINDOWED)), embeds[0])
         advance(rollout, done)
         rollout.switch(embeds[1], "recache")
-        sink, recent = rollout.policy.visible(rollout.next_frame)
+        sink, recent = rollout.policy.visible(rollout.next_frame, 6)
         pages = [rollout.policy.page(frame) for frame in (*sink, *recent)]
         assert (rollout.store.keys[:, :, pages].abs().amax((-1, -2, -3)) > 0).all()
 

@@ -17,7 +17,7 @@ commits = st.sampled_from(["separate", "none"])
 def solo(steps: list[int], chunks: int | None, first: int = 0, commit: str = "separate"):
     schedule = SoloSchedule(ScheduleOptions(commit=commit))
     count = lambda k: steps[min(k, len(steps) - 1)]
-    return schedule, count, schedule.ticks(count, chunks, first)
+    return schedule, count, schedule.ticks(count, chunks, sum(count(k) for k in range(first)))
 
 
 def stepped(tick):
@@ -106,7 +106,7 @@ def test_endless_schedules_are_lazy():
 
 
 def test_unknown_commit_mode_is_refused():
-    with pytest.raises(InputError, match="separate or none"):
+    with pytest.raises(InputError, match="use separate, fused"):
         ScheduleOptions(commit="seperate")
 
 

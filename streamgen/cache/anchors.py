@@ -1,0 +1,164 @@
+"""Anchors: the first chunk under each prompt, kept for good and read between sink and window (Anchor Forcing)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from streamgen.cache.plan import Group, Plan, Write
+from streamgen.cache.policies import Sizes, WindowOptions, WindowPolicy, register_policy
+from streamgen.config import StreamConfig
+from streamgen.errors import InputError
+from streamgen.schedules import Call, CallKind, Row
+
+
+@dataclass(frozen=True)
+class AnchorOptions(WindowOptions):
+    """A window and its anchors.
+
+    Args:
+        anchors: chunks kept, the newest of those captured; 0 = none.
+        anchor_every: capture every so many chunks instead of at switches, as the release's single-prompt loop does: the
+            chunk being captured then reads its own earlier steps.
+        anchor_switch: with `anchor_every`, the frame that must have left the window before anchors are read.
+    """
+
+    anchors: int = 1
+    anchor_every: int | None = None
+    anchor_switch: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.anchors < 0:
+            raise InputError(f"cache.anchors cannot be negative, got {self.anchors}")
+        if self.anchor_every is not None and self.anchor_every < 1:
+            raise InputError(f"cache.anchor_every is a number of chunks, got {self.anchor_every}")
+        if self.window == -1 or not self.sink:
+            raise InputError(f"anchors need a window and a sink: cache.window={self.window}, cache.sink={self.sink}")
+
+    @classmethod
+    def from_config(cls, config: StreamConfig) -> AnchorOptions:
+        base, cache = vars(WindowOptions.from_config(config)), config.cache
+        return cls(**base, anchors=cache.anchors, anchor_every=cache.anchor_every, anchor_switch=cache.anchor_switch)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A captured chunk: its first frame, its place among the anchors, and the frame its prompt was asked for."""
+
+    start: int
+    place: int
+    switch: int
+
+
+@register_policy("anchor", AnchorOptions)
+class AnchorPolicy(WindowPolicy):
+    """Sink, anchors, recent frames. An anchor is read once its switch has left the window.
+
+    Pages: [sink | anchors | the anchor being captured | ring].
+    """
+
+    extra_region = "anchor"
+
+    def __init__(self, options: AnchorOptions, sizes: Sizes) -> None:
+        super().__init__(options, sizes)
+        self.anchors: tuple[Anchor, ...] = ()
+        self.since = options.anchor_switch  # the newest switch, as asked for
+        self.capture: int | None = None  # the switch whose first chunk is the next to be committed
+
+    @property
+    def pages(self) -> int:
+        return super().pages + (self.options.anchors + 1) * self.sizes.chunk
+
+    def page(self, frame: int) -> int | None:
+        page = super().page(frame)
+        within = page is None or page < self.sink
+        return page if within else page + (self.options.anchors + 1) * self.sizes.chunk
+
+    def _anchor_pages(self, place: int) -> range:
+        start = self.sink + place * self.sizes.chunk
+        return range(start, start + self.sizes.chunk)
+
+    # ------------------------------------------------------------------------------------------- reads
+    def _extra(self, first: int) -> dict[int, int]:
+        """Anchor frames that a call beginning at frame `first` reads -> their pages."""
+        if not self.since + self.options.window - self.sink < first:
+            return {}
+        read = {}
+        for anchor in self.anchors:
+            frames = range(anchor.start, anchor.start + self.sizes.chunk)
+            read.update(zip(frames, self._anchor_pages(anchor.place), strict=True))
+        return read
+
+    def _group(self, own: list[int], part: tuple[int, int, int]) -> Group:
+        sink, recent = self.visible(own[0], max(0, self.options.window - self.sink - part[2]))
+        return self._read(sink, recent, own, part, self._extra(own[0]))
+
+    def _recache_group(self, own: list[int]) -> Group:
+        sink = [f for f in range(self.base, min(self.frames, self.base + self.sink)) if f < own[0]]
+        begin = max(0, self.frames - self.options.window)
+        return self._read(sink, range(0), own, (0, len(own), len(own)), self._extra(begin))
+
+    # ------------------------------------------------------------------------------------------- writes
+    def _captures(self, first: int) -> bool:
+        every = self.options.anchor_every
+        if not self.options.anchors:
+            return False
+        return self.capture is not None if every is None else first // self.sizes.chunk % every == 0
+
+    def variant(self, row: Row) -> object:
+        first = row.slots[0].chunk * self.sizes.chunk
+        early = self._captures(first) and row.slots[0].p_in == 0
+        return super().variant(row), early
+
+    def plan(self, call: Call, row: Row, frames: Sequence[range]) -> Plan:
+        plan = super().plan(call, row, frames)
+        if call.source != "flight" or not self._captures(frames[0].start):
+            return plan
+        own = frames[0]
+        target = self._anchor_pages(self._place() if call.kind is CallKind.CLEAN else self.options.anchors)
+        writes = tuple(Write(i, f, page) for i, (f, page) in enumerate(zip(own, target, strict=True)))
+        if call.kind is CallKind.CLEAN:
+            plan = replace(plan, writes=plan.writes + writes)
+        elif self.options.anchor_every:
+            plan = replace(plan, stages=writes)
+        return self._own_steps(plan, row, own)
+
+    def _own_steps(self, plan: Plan, row: Row, own: range) -> Plan:
+        """After its first step a chunk captured every so often reads what it staged instead of the last anchor."""
+        if not self.options.anchor_every or row.slots[0].p_in == 0:
+            return plan
+        (group,) = plan.groups
+        staged = self._anchor_pages(self.options.anchors)
+        segments = tuple(
+            replace(s, pages=tuple(staged), frames=tuple(own)) if s.region == self.extra_region else s
+            for s in group.segments
+        )
+        return replace(plan, groups=(replace(group, segments=segments),))
+
+    def _place(self) -> int:
+        """Where the next anchor goes: a free place, or the oldest one's."""
+        taken = {anchor.place for anchor in self.anchors}
+        free = [place for place in range(self.options.anchors) if place not in taken]
+        return free[0] if free else self.anchors[0].place
+
+    def commit(self, frames: Sequence[int]) -> None:
+        fresh = frames[-1] >= self.frames  # not a re-encoding
+        if fresh and self._captures(frames[0]):
+            anchor = Anchor(frames[0], self._place(), self.since if self.capture is None else self.capture)
+            self.anchors = (*(a for a in self.anchors if a.place != anchor.place), anchor)
+            self.capture = None
+        super().commit(frames)
+
+    def switched(self, mode: str, requested: int) -> None:
+        if self.options.anchor_every is None:
+            self.since = self.capture = requested
+
+    def state_dict(self) -> dict:
+        anchors = [(a.start, a.place, a.switch) for a in self.anchors]
+        return {**super().state_dict(), "anchors": anchors, "since": self.since, "capture": self.capture}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.anchors = tuple(Anchor(*saved) for saved in state["anchors"])
+        self.since, self.capture = state["since"], state["capture"]
