@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -441,8 +442,9 @@ class Rollout:
         velocity = self._forward(expert, x, channels, timestep, text, context, prompt_index=which)
         for slot, flight, part in zip(row.slots, flights, velocity.split([len(f) for f in frames], 2), strict=True):
             if slot.op is SlotOp.STEP:
-                fresh: Callable[[], Tensor] = lambda f=flight, p=slot.p_in: self._noise("renoise", f.frames, p)  # noqa: E731
-                flight.x, flight.p = self.engine.ladder_of(slot.chunk).step(flight.x, part, slot.p_in, fresh), slot.p_out
+                fresh = partial(self._noise, "renoise", flight.frames, slot.p_in)
+                flight.x = self.engine.ladder_of(slot.chunk).step(flight.x, part, slot.p_in, fresh)
+                flight.p = slot.p_out
         published = [f for slot, part in zip(row.slots, frames, strict=True) if slot.publish for f in part]
         self.stores[expert].stage(plan, context)
         if published:

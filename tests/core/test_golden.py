@@ -1,4 +1,4 @@
-"""Engine + preset compute what the published Self-Forcing loop computes (tests/golden/README.md)."""
+"""Engine + preset compute what the published loops compute (tests/golden/README.md)."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,19 @@ from streamgen.models.loading import load_transformer
 from streamgen.noise import TensorNoise
 
 FOLDER = Path(__file__).parents[1] / "golden"
-OVERRIDES = {
-    "self_forcing_full": [],
-    "self_forcing_window9_sink3": ["cache.window=9", "cache.sink=3"],
+PRESETS = {
+    "self_forcing_full": ["self-forcing"],
+    "self_forcing_window9_sink3": ["self-forcing", "cache.window=9", "cache.sink=3"],
+    "rolling_forcing_long": ["rolling-forcing"],
+    "reward_forcing_ema_sink_alpha09": ["reward-forcing", "cache.ema_decay=0.9"],
+    "longlive_prompt_switch": ["longlive"],
+    "diagonal_distill": ["diagonal"],
+    "anchor_forcing_switch": ["anchor-forcing"],
 }
+SHAPE = (
+    "patch_size", "text_len", "in_dim", "dim", "ffn_dim", "freq_dim", "text_dim", "out_dim", "num_heads", "num_layers",
+    "qk_norm", "cross_attn_norm", "eps",
+)  # fmt: skip
 ATOL = 2e-5  # float32 noise is 2e-6; a wrong eps of the norms already moves latents by 8.5e-5
 
 
@@ -28,19 +37,43 @@ class Case:
         path = FOLDER / f"{name}.safetensors"
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
-            config = json.loads(file.metadata()["config"])
-        video = lambda key: tensors[f"io.{key}"].movedim(-4, -3)
-        self.transformer = load_transformer(FOLDER / "self_forcing_weights.safetensors", config)
+            config, self.seen = (json.loads(file.metadata()[key]) for key in ("config", "seen"))
+        video = lambda key: tensors[f"io.{key}"].movedim(-4, -3) if f"io.{key}" in tensors else None
+        own = {key: config[key] for key in SHAPE}
+        self.transformer = load_transformer(FOLDER / "self_forcing_weights.safetensors", own)
         self.noise = TensorNoise(video("noise"), video("renoise"))
         self.context, self.timesteps = tensors["io.context"], tensors["io.timesteps"]
         self.latents, self.first_velocity = video("latents"), video("first_velocity")
-        self.engine = Engine(self.transformer, load_preset("self-forcing", OVERRIDES[name]))
+        self.switches = {frame: tensors["io.context_1"] for frame in config.get("switch_frame_indices", [])}
+        preset, *overrides = PRESETS[name]
+        self.engine = Engine(self.transformer, load_preset(preset, overrides))
 
     def run(self) -> torch.Tensor:
-        return torch.cat([chunk.latents for chunk in self.engine.run(self.context, self.noise)], 2)
+        chunks = self.engine.run(self.context, self.noise, switches=self.switches)
+        return torch.cat([chunk.latents for chunk in chunks], 2)
 
 
-@pytest.mark.parametrize("name", OVERRIDES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_latents_and_what_every_call_saw_match_the_published_loop(name):
+    """Which frames each denoising call read, at which positions, then what came of it."""
+    case = Case(name)
+    case.engine.tracing = True
+    with torch.no_grad():
+        latents = case.run()
+    calls = [call for call in case.engine.trace() if call.kind == "denoise"]
+    if case.seen:
+        assert len(calls) == len(case.seen)
+    for call, (frames, positions, runs) in zip(calls, case.seen):
+        assert (call.frames[0], call.frames[-1] + 1) == tuple(frames)
+        assert list(call.query_positions[0]) == positions
+        wanted = [(f + i, p + i) for f, p, n in runs if p is not None for i in range(n)]
+        blended = sum(n for _, p, n in runs if p is None)
+        read = list(zip(call.key_frames[0], call.key_positions[0]))
+        assert sorted(read[blended:] if blended else read) == sorted(wanted), call
+    torch.testing.assert_close(latents, case.latents, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("self_forcing")])
 def test_latents_and_first_velocities_match_the_published_loop(name):
     case, first = Case(name), []
 

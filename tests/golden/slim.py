@@ -2,7 +2,9 @@
 
     python tests/golden/slim.py FOLDER
 
-The originals (about 35 MB, see README.md here) are needed only to run this again; the tests read what it wrote.
+The originals (about 35 MB, see README.md here) are needed only to run this again; the tests read what it wrote. Of a
+trace, what each denoising call saw is kept: [frames of the call, first and end], [position of each query frame], and
+runs of keys [first frame, first position, frames], null where keys are blends.
 """
 
 import json
@@ -13,9 +15,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-NAMES = ("self_forcing_full", "self_forcing_window9_sink3")
+NAMES = (
+    "self_forcing_full", "self_forcing_window9_sink3", "rolling_forcing_long", "reward_forcing_ema_sink_alpha09",
+    "longlive_prompt_switch", "diagonal_distill", "anchor_forcing_switch",
+)  # fmt: skip
 WEIGHTS = "self_forcing_weights"
-KEPT = ("io.noise", "io.renoise", "io.context", "io.latents", "io.timesteps", "io.first_velocity")
+KEPT = {f"io.{key}" for key in ("noise", "renoise", "context", "context_1", "latents", "timesteps", "first_velocity")}
 
 
 def slim(source: Path, target: Path) -> None:
@@ -24,14 +29,19 @@ def slim(source: Path, target: Path) -> None:
     for name in NAMES:
         with safe_open(source / f"{name}.safetensors", "pt") as file:
             weights = {key: file.get_tensor(key) for key in file.keys() if key.startswith("model.")}
-            kept = {key: file.get_tensor(key) for key in KEPT}
-            config = file.metadata()["config"]
+            kept = {key: file.get_tensor(key) for key in file.keys() if key in KEPT}
+            metadata = file.metadata()
         if shared is None:
             shared = weights
             save_file(weights, target / f"{WEIGHTS}.safetensors")
         if weights.keys() != shared.keys() or not all(torch.equal(weights[key], shared[key]) for key in shared):
             raise SystemExit(f"{name} has weights of its own: store them per file")
-        save_file(kept, target / f"{name}.safetensors", metadata={"config": json.dumps(json.loads(config))})
+        config = json.loads(metadata["config"])
+        config.pop("substitutions", None)
+        calls = [call for call in json.loads(metadata.get("trace", "[]")) if call["kind"] == "denoise"]
+        seen = [[call["frames"], call["q_pos"], [run[1:] for run in call["keys"]]] for call in calls]
+        text = {"config": json.dumps(config), "seen": json.dumps(seen)}
+        save_file(kept, target / f"{name}.safetensors", metadata=text)
 
 
 if __name__ == "__main__":
