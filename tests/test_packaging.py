@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tokenize
 import zipfile
 from pathlib import Path
 
@@ -132,3 +133,14 @@ def test_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path):
     (again,) = tmp_path.glob("*.whl")
     names = [{n for n in zipfile.ZipFile(w).namelist() if n.startswith("streamgen/")} for w in (wheel, again)]
     assert names[0] == names[1]
+
+
+def test_no_size_of_a_model_is_typed_in_the_code():
+    """Tokens per frame, cache length and picture sizes follow from configurations and inputs (peers type them in)."""
+    sizes = {"1560", "32760", "4680", "480", "832", "720"}
+    for folder in ("streamgen", "pipelines", "kernels", "distill", "demos"):
+        for path in (ROOT / folder).rglob("*.py"):
+            with tokenize.open(path) as file:
+                tokens = list(tokenize.generate_tokens(file.readline))
+            typed = [(t.string, t.start[0]) for t in tokens if t.type == tokenize.NUMBER and t.string in sizes]
+            assert not typed, f"{path}: {typed}"

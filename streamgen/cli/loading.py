@@ -21,6 +21,7 @@ def add_parts(out: Parser) -> None:
     out.add_argument("--lora-2", metavar="FILE[:SCALE]", action="append", help="into the second one of a Wan2.2 A14B")
     out.add_argument("--codec", metavar="FILE", help="a tiny decoder in TAEHV's layout (taew2_1.pth), not the VAE")
     out.add_argument("--tile", type=whole(2), metavar="N", help="decode in tiles of N latents a side")
+    out.add_argument("--prompt-cache", action="store_true", help="keep embedded prompts in ~/.cache/streamgen/prompts")
     out.add_argument("--offload", help="none, text (the text encoder stays off the device) or group (transformers too)")
 
 
@@ -52,7 +53,7 @@ def load_pipeline(args: argparse.Namespace, overrides: Sequence[str]):
     with announced(f"loading {args.model}"):
         hush_libraries(args.verbose)
         try:
-            return hub.load(
+            pipe = hub.load(
                 args.model, args.checkpoint, args.preset, args.device, args.dtype, overrides,
                 loras=list(map(lora_option, args.lora or [])), loras_2=list(map(lora_option, args.lora_2 or [])),
                 codec=args.codec, tile=args.tile, offload=args.offload or "none",
@@ -62,3 +63,8 @@ def load_pipeline(args: argparse.Namespace, overrides: Sequence[str]):
         except (OSError, ValueError) as error:  # diffusers' and transformers' ways of saying that a file is not there
             log.debug("loading failed", exc_info=True)
             raise InputError(f"cannot load {args.model}: {str(error).strip().partition(chr(10))[0]}") from error
+    if args.prompt_cache:
+        from streamgen.models.prompts import EmbeddingCache
+
+        pipe.prompts.cache = EmbeddingCache()
+    return pipe

@@ -709,3 +709,14 @@ def test_what_is_no_picture_is_never_delivered(pipe, monkeypatch, value, words):
             with pytest.raises(BrokenStreamError, match=f"chunk 1 holds .*{words}"):
                 session.next()
         assert session.delivered == 9
+
+
+def test_three_thousand_frames_leave_nothing_behind(pipe):
+    with pipe.stream(RED, num_frames=3000) as session:
+        sizes, frames = set(), 0
+        for chunk in session:
+            frames += len(chunk.frames)
+            if chunk.index > 20:
+                rollout = session._rollout
+                sizes.add((rollout.store.nbytes, len(rollout.past), len(rollout.flight), len(rollout.pending)))
+        assert frames == session.delivered == 3000 and len(sizes) == 1

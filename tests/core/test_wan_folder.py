@@ -60,16 +60,9 @@ def checkpoint(tmp_path_factory, folder) -> str:
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-    pipe = streamgen.load(folder, preset="longlive" if has("longlive") else "self-forcing", device="cpu", dtype="fp32",
-                          overrides=FAST)  # fmt: skip
+    pipe = streamgen.load(folder, preset="longlive", device="cpu", dtype="fp32", overrides=FAST)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def has(preset: str) -> bool:
-    from streamgen.config import available
-
-    return preset in available("presets")
 
 
 def test_a_downloaded_folder_streams_and_the_call_drains_it(pipe):
@@ -125,11 +118,22 @@ def test_the_commands_of_the_readme(folder, checkpoint, tmp_path, capsys):
     timeline = tmp_path / "story.yaml"
     timeline.write_text("- {at: 0, prompt: a red cat running}\n- {at: 0.5, prompt: a blue cat sleeping}\n")
     target = tmp_path / "story.mp4"
-    command = ["render", "--model", folder, "--checkpoint", checkpoint, "--preset", "self-forcing", *FAST,
+    command = ["render", "--model", folder, "--checkpoint", checkpoint, "--preset", "longlive",
                "--timeline", str(timeline), "--height", "32", "--width", "48", "--num-frames", "33",
                "--dtype", "fp32", "-o", str(target)]  # fmt: skip
     assert main(command) == 0, capsys.readouterr().err
     assert target.stat().st_size > 500
+
+
+def test_embeddings_are_kept_between_runs_if_asked_for(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = ["render", "--model", folder, "--preset", "longlive", *FAST, "--prompt", "a red cat", "--height", "32",
+               "--width", "32", "--num-frames", "9", "--dtype", "fp32", "--prompt-cache"]  # fmt: skip
+    assert main([*command, "-o", str(tmp_path / "one.gif")]) == 0
+    (kept,) = (tmp_path / "streamgen" / "prompts").glob("*.safetensors")
+    monkeypatch.setattr(UMT5EncoderModel, "forward", None)
+    assert main([*command, "-o", str(tmp_path / "two.gif")]) == 0
+    assert (tmp_path / "one.gif").read_bytes() == (tmp_path / "two.gif").read_bytes()
 
 
 def test_a_checkpoint_replaces_the_transformer(folder, checkpoint):
@@ -188,8 +192,7 @@ def test_weights_that_are_offloaded_layer_by_layer_give_the_same_clip(folder, pi
     """Where they compute is the CPU here as well; what is tested is that every path finds its weights."""
     look = dict(height=32, width=32, num_frames=21, output_type="latent")
     wanted = pipe("a red cat", **look).frames
-    other = streamgen.load(folder, preset="longlive" if has("longlive") else "self-forcing", device="cpu", dtype="fp32",
-                           overrides=FAST)  # fmt: skip
+    other = streamgen.load(folder, preset="longlive", device="cpu", dtype="fp32", overrides=FAST)
     other.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     torch.testing.assert_close(other("a red cat", **look).frames, wanted)
     with pytest.raises(InputError, match="offload=group frees the memory of an accelerator"):
