@@ -130,6 +130,17 @@ class ScheduleConfig:
 
 
 @dataclass
+class BankConfig:
+    """A memory bank: see `streamgen.cache.bank.BankOptions`."""
+
+    size: int = 3
+    interval: int = 3
+    sparse: bool = False
+    kept: int = 3
+    repeat: bool = False
+
+
+@dataclass
 class CacheConfig:
     """`policy` names a registered cache policy; sizes in latent frames; `options` go to external policies.
 
@@ -150,6 +161,7 @@ class CacheConfig:
     anchors: int = 0
     anchor_every: int | None = None
     anchor_switch: int = 0
+    bank: BankConfig = field(default_factory=BankConfig)
     options: dict[str, Any] = field(default_factory=dict)
 
 

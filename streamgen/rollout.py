@@ -448,7 +448,7 @@ class Rollout:
         published = [f for slot, part in zip(row.slots, frames, strict=True) if slot.publish for f in part]
         self.stores[expert].stage(plan, context)
         if published:
-            self._publish([(self.stores[expert], plan, context)], published)
+            self._publish([(self.stores[expert], plan, context, text.keys[expert])], published)
         self.timings.add("denoise", begin)
 
     def _flight(self, slot: Slot) -> Flight:
@@ -474,8 +474,8 @@ class Rollout:
 
     def _publish(self, calls: list[tuple], frames: list[int]) -> None:
         """Make finished calls visible to later ones, all of them or none, and tell the policy."""
-        for store, plan, context in calls:
-            store.publish(plan, context)
+        for store, plan, context, text in calls:
+            store.publish(plan, context, text)
         self.policy.commit(frames)
         self.owed = {}
         self._plans = {}  # they followed what was committed before
@@ -516,7 +516,7 @@ class Rollout:
             self._record(tick, call, row, tuple(frames), [level], plan, expert)
             timestep = self._timestep([level], tuple(frames))
             self._forward(expert, x, channels, timestep, text, context, commit_only=True)
-            calls.append((store, plan, context))
+            calls.append((store, plan, context, text.keys[expert]))
         self._publish(calls, [f for part in frames for f in part])
         self.timings.add("commit" if call.source == "flight" else "recache", begin)
 

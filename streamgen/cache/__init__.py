@@ -4,12 +4,14 @@
 """
 
 from streamgen.cache.anchors import AnchorPolicy
+from streamgen.cache.bank import BankPolicy
 from streamgen.cache.plan import Fold, Group, Plan, Segment, Write
 from streamgen.cache.policies import CachePolicy, Sizes, WindowPolicy, register_policy
 from streamgen.cache.store import CacheContext, GraphStore, KVStore
 
 __all__ = [
     "AnchorPolicy",
+    "BankPolicy",
     "CacheContext",
     "CachePolicy",
     "Fold",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streamgen.cache.plan import Group, Plan, Write
-from streamgen.cache.policies import Sizes, WindowOptions, WindowPolicy, register_policy
+from streamgen.cache.policies import Pages, Sizes, WindowOptions, WindowPolicy, register_policy
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError
 from streamgen.schedules import Call, CallKind, Row
@@ -80,15 +80,12 @@ class AnchorPolicy(WindowPolicy):
         return range(start, start + self.sizes.chunk)
 
     # ------------------------------------------------------------------------------------------- reads
-    def _extra(self, first: int) -> dict[int, int]:
-        """Anchor frames that a call beginning at frame `first` reads -> their pages."""
+    def _extra(self, first: int) -> Pages:
+        """Anchor frames that a call beginning at frame `first` reads, and their pages."""
         if not self.since + self.options.window - self.sink < first:
-            return {}
-        read = {}
-        for anchor in self.anchors:
-            frames = range(anchor.start, anchor.start + self.sizes.chunk)
-            read.update(zip(frames, self._anchor_pages(anchor.place), strict=True))
-        return read
+            return ()
+        frames = [anchor.start + i for anchor in self.anchors for i in range(self.sizes.chunk)]
+        return list(zip(frames, (page for a in self.anchors for page in self._anchor_pages(a.place)), strict=True))
 
     def _group(self, own: list[int], part: tuple[int, int, int]) -> Group:
         sink, recent = self.visible(own[0], max(0, self.options.window - self.sink - part[2]))

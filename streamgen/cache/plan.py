@@ -17,6 +17,7 @@ class Segment:
         frames: the stream frame each page holds (for traces and tests).
         positions: temporal position of each at reading.
         phase: radians added to their temporal angles.
+        fixed: keys were rotated when they were kept; `positions` are what is known of that.
         log_bias: added to their attention logits (ln n for a key that stands for n).
     """
 
@@ -26,6 +27,15 @@ class Segment:
     positions: tuple[float, ...]
     phase: float = 0.0
     log_bias: float = 0.0
+    fixed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Of the pages of these regions every head reads the `count` that suit the queries best; the choice is content."""
+
+    regions: tuple[str, ...]
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +45,7 @@ class Group:
     query_frames: tuple[int, ...]
     query_positions: tuple[float, ...]
     segments: tuple[Segment, ...]
+    route: Route | None = None
 
     @property
     def key_frames(self) -> tuple[int, ...]:
@@ -69,8 +80,29 @@ class Fold:
 
 
 @dataclass(frozen=True, slots=True)
+class Record:
+    """Keep the call's frame `index` in `page`, its keys rotated to `position` for good."""
+
+    index: int
+    page: int
+    position: float
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Bring the page `source` among the pages of a bank: at `place`, or, None, behind the best of those there.
+
+    Best = whose keys agree with the prompt's keys, in each layer on its own; the rest keep the order of their scores.
+    """
+
+    pages: tuple[int, ...]
+    source: int
+    place: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """All groups of a row, and what becomes visible to others when the call is committed: folds first, then writes.
+    """All groups of a row, and what becomes visible to others when the call is committed: folds, writes, record, merge.
 
     `stages`: written as soon as the call is through, read by later calls of the same chunk alone.
     """
@@ -79,6 +111,8 @@ class Plan:
     writes: tuple[Write, ...] = ()
     folds: tuple[Fold, ...] = ()
     stages: tuple[Write, ...] = ()
+    record: Record | None = None
+    merge: Merge | None = None
 
     def signature(self) -> tuple:
         """Shapes alone: two plans with one signature can share a captured graph."""

@@ -17,6 +17,8 @@ from streamgen.errors import InputError
 from streamgen.registry import Registry
 from streamgen.schedules import Call, Row, SlotOp
 
+Pages = Sequence[tuple[int, int]]  # frames and where they lie
+
 POLICIES: Registry = Registry("cache policy", "streamgen.policies")
 register_policy = POLICIES.register
 
@@ -125,7 +127,7 @@ class WindowOptions:
 class WindowPolicy:
     """A sink and the most recent frames (StreamingLLM's sinks in LongLive's form, arXiv:2509.22622)."""
 
-    extra_region = "extra"
+    extra_region, extra_fixed = "extra", False
 
     def __init__(self, options: WindowOptions, sizes: Sizes) -> None:
         self.options, self.sizes = options, sizes
@@ -222,20 +224,20 @@ class WindowPolicy:
         return self._read(sink, range(0), own, (0, len(own), len(own)))
 
     def _read(
-        self, sink, recent, own: list[int], part: tuple[int, int, int], extra: dict[int, int] | None = None, rule=None
+        self, sink, recent, own: list[int], part: tuple[int, int, int], extra: Pages = (), rule=None
     ) -> Group:
-        """Queries own[first:stop] over the sink, `extra` (frame -> page), recent frames and own[:end]."""
+        """Queries own[first:stop] over the sink, `extra` (frame, page), recent frames and own[:end]."""
         first, stop, end = part
-        extra = extra or {}
-        pages = {frame: self.page(frame) for frame in (*sink, *recent)}
-        regions = (("sink", sink, pages), (self.extra_region, list(extra), extra), ("recent", recent, pages))
-        seen = Seen(sink, list(extra), recent, own[:end], self.options.window, self.options.span)
+        place = lambda frames: [(frame, self.page(frame)) for frame in frames]
+        regions = (("sink", place(sink)), (self.extra_region, extra), ("recent", place(recent)))
+        seen = Seen(sink, [f for f, _ in extra], recent, own[:end], self.options.window, self.options.span)
         positions = tuple((rule or self.rule)(seen))
         segments, start = [], 0
-        for name, frames, where in regions:
-            at = positions[start : start + len(frames)]
-            segments.append(Segment(name, tuple(where[f] for f in frames), tuple(frames), at))
-            start += len(frames)
+        for name, places in regions:
+            frames, pages = tuple(f for f, _ in places), tuple(page for _, page in places)
+            at = positions[start : start + len(places)]
+            segments.append(Segment(name, pages, frames, at, fixed=name == self.extra_region and self.extra_fixed))
+            start += len(places)
         segments.append(Segment(FLIGHT, tuple(range(end)), tuple(own[:end]), positions[start:]))
         queries = positions[start + first : start + stop]
         return Group(tuple(range(first, stop)), queries, tuple(s for s in segments if s.pages))

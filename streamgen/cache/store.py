@@ -12,11 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamgen.cache.plan import FLIGHT, Fold, Group, Plan, Segment, Write
+from streamgen.cache.plan import FLIGHT, Fold, Group, Merge, Plan, Record, Segment, Write
+from streamgen.errors import InputError
 from streamgen.kernels.attention import attend
 from streamgen.kernels.rope import rotate
+from streamgen.models.blocks import TextKeys
 from streamgen.models.rope import RotaryEmbedding
 
+FIXED = ("fixed",)  # the rotated copy of a page is the page
 ROTATED_AT_ONCE = 2**26  # bytes of keys: rotating takes six times as much for a moment
 
 
@@ -50,7 +53,7 @@ class KVStore:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.rotated = torch.zeros_like(self.keys)
-        self.angles: list[tuple[float, float] | None] = [None] * pages  # (position, phase) each page is rotated to
+        self.angles: list[tuple | None] = [None] * pages  # (position, phase) each page is rotated to, or FIXED
         self.sums: dict[tuple[str, int], Tensor] = {}  # float32 state of folded pages
         self._forget_views()
 
@@ -64,9 +67,12 @@ class KVStore:
         sums = sum(tensor.numel() * tensor.element_size() for tensor in self.sums.values())
         return 3 * self.keys.numel() * self.keys.element_size() + sums
 
-    def rotate_pages(self, rope: RotaryEmbedding, wanted: dict[int, tuple[float, float]]) -> None:
-        """Bring the rotated copy of these pages to (position, phase)."""
-        stale = [page for page, angle in wanted.items() if self.angles[page] != angle]
+    def rotate_pages(self, rope: RotaryEmbedding, wanted: dict[int, tuple[float, float] | None]) -> None:
+        """Bring the rotated copy of these pages to (position, phase); None = keys are kept rotated."""
+        for page in [page for page, angle in wanted.items() if angle is None and self.angles[page] != FIXED]:
+            self.rotated[:, :, page] = self.keys[:, :, page]
+            self.angles[page] = FIXED
+        stale = [page for page, angle in wanted.items() if angle is not None and self.angles[page] != angle]
         if not stale:
             return
         g = self.geometry
@@ -82,10 +88,14 @@ class KVStore:
         for page in stale:
             self.angles[page] = wanted[page]
 
-    def publish(self, plan: Plan, context: CacheContext | None = None) -> None:
-        """Make a finished call's frames visible: tentative pages -> their own."""
+    def publish(self, plan: Plan, context: CacheContext | None = None, text: TextKeys | None = None) -> None:
+        """Make a finished call's frames visible: tentative pages -> their own. `text`: the prompt, for merges."""
         self._fold(plan.folds)
         self._write(plan.writes)
+        if plan.record is not None:
+            self._record(plan.record, context.rope)
+        if plan.merge is not None:
+            self._merge(plan.merge, text)
 
     def stage(self, plan: Plan, context: CacheContext | None = None) -> None:
         """Keep what later calls of the same chunk read."""
@@ -113,6 +123,31 @@ class KVStore:
                     self.sums[name, fold.target] = target
                 tensor[:, :, fold.target] = target
             self.angles[fold.target] = None
+
+    def _record(self, record: Record, rope: RotaryEmbedding) -> None:
+        """A tentative page -> a page whose keys stay as they are rotated now."""
+        g, source = self.geometry, self.pages + record.index
+        cos, sin = rope.angles([record.position], g.height, g.width, device=self.keys.device)
+        raw = self.keys[:, :, source]  # [layers, B, T, H, D]
+        self.keys[:, :, record.page] = rotate(raw.flatten(0, 1), cos, sin).view(raw.shape)
+        self.values[:, :, record.page] = self.values[:, :, source]
+        self.angles[record.page] = None
+
+    def _merge(self, merge: Merge, text: TextKeys) -> None:
+        pages = torch.tensor(merge.pages, device=self.keys.device)
+        if merge.place is not None:
+            for tensor in (self.keys, self.values):
+                tensor[:, :, merge.pages[merge.place]] = tensor[:, :, merge.source]
+        else:
+            for layer, prompt in enumerate(text.keys):  # [B, P, L, H, D]
+                bank = self.layer_keys[layer][:, pages]  # [B, n, T, H, D]
+                scores = (bank.float().mean(2) * prompt[:, :1].float().mean(2)).sum((2, 3))  # [B, n]
+                kept = scores.argsort(dim=1, descending=True, stable=True)[:, : len(pages) - 1]
+                for tensor in (self.layer_keys[layer], self.layer_values[layer]):
+                    best = tensor[:, pages].gather(1, kept[..., None, None, None].expand(-1, -1, *bank.shape[2:]))
+                    tensor[:, pages] = torch.cat([best, tensor[:, merge.source : merge.source + 1]], 1)
+        for page in merge.pages:
+            self.angles[page] = None
 
     def bind(self, plan: Plan, rope: RotaryEmbedding) -> CacheContext:
         return CacheContext(self, plan, rope)
@@ -145,12 +180,13 @@ class CacheContext:
     """Self-attention of every call that shares one plan over a `KVStore` (an `AttentionContext`)."""
 
     def __init__(self, store: KVStore, plan: Plan, rope: RotaryEmbedding) -> None:
-        self.store, self.plan = store, plan
+        self.store, self.plan, self.rope = store, plan, rope
         self.keep = bool(plan.writes or plan.stages)  # raw keys are needed only if they may be published
-        wanted: dict[int, tuple[float, float]] = {}
+        wanted: dict[int, tuple[float, float] | None] = {}
         for segment in _cached_segments(plan):
             for page, position in zip(segment.pages, segment.positions, strict=True):
-                if wanted.setdefault(page, (position, segment.phase)) != (position, segment.phase):
+                angle = None if segment.fixed else (position, segment.phase)
+                if wanted.setdefault(page, angle) != angle:
                     raise ValueError(f"page {page} is read at two positions in one call: plan two calls instead")
         store.rotate_pages(rope, wanted)
         self.groups = [_BoundGroup(store, group, rope) for group in plan.groups]
@@ -192,7 +228,10 @@ class _BoundGroup:
         if not self.same:
             phases = [s.phase for s in flight for _ in s.pages]
             self.key_cos, self.key_sin = rope.angles(own_positions, g.height, g.width, phases, device)
-        pages = [p for s in group.segments if s.region != FLIGHT for p in s.pages]
+        routed = group.route.regions if group.route else ()
+        self.routed = [p for s in group.segments if s.region in routed for p in s.pages]
+        self.candidates = torch.tensor(self.routed, device=device)
+        pages = [p for s in group.segments if s.region not in (*routed, FLIGHT) for p in s.pages]
         pages += [store.pages + i for i in self.own]
         ordered = sorted(pages)
         self.block = None  # the pages as one slice where they lie side by side: attention does not mind the order
@@ -223,7 +262,19 @@ class _BoundGroup:
         else:
             for i, frame in enumerate(self.own):
                 rotated[:, store.pages + frame] = own[:, i]
-        return attend(query, self._read(rotated), self._read(store.layer_values[layer]), mask=self.bias)
+        keys, values = self._read(rotated), self._read(store.layer_values[layer])
+        if self.routed:
+            picked = self._route(query, rotated, store.layer_values[layer])
+            keys, values = (torch.cat(pair, 1) for pair in zip(picked, (keys, values), strict=True))
+        return attend(query, keys, values, mask=self.bias)
+
+    def _route(self, query: Tensor, rotated: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the pages whose mean key agrees best with the mean query, per head."""
+        keys, values = rotated[:, self.candidates], values[:, self.candidates]  # [B, n, T, H, D]
+        scores = torch.einsum("bhd,bnhd->bnh", query.float().mean(1), keys.float().mean(2))
+        chosen = scores.topk(min(self.group.route.count, len(self.routed)), 1).indices.sort(1).values
+        index = chosen[:, :, None, :, None].expand(-1, -1, keys.shape[2], -1, keys.shape[4])
+        return keys.gather(1, index).flatten(1, 2), values.gather(1, index).flatten(1, 2)
 
     def _read(self, layer: Tensor) -> Tensor:
         """[B, pages, T, H, D] -> [B, L, H, D]."""
@@ -263,7 +314,9 @@ class GraphStore:
         self.geometry = geometry
         self.layers: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(geometry.layers)]
 
-    def publish(self, plan: Plan, context: GraphContext) -> None:
+    def publish(self, plan: Plan, context: GraphContext, text: TextKeys | None = None) -> None:
+        if plan.record or plan.merge:
+            raise InputError("a memory bank is chosen by content, which no gradient passes: stream without gradients")
         for fold in plan.folds:
             for pages in self.layers:
                 blend = (torch.lerp(new, old, fold.decay) for new, old in zip(pages[fold.source], pages[fold.target]))
