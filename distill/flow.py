@@ -24,7 +24,7 @@ from streamgen.evaluation.sprites import generate, measure, specified
 from streamgen.hub import assets_root
 from streamgen.ladder import TRAIN_STEPS, warp_timesteps
 from streamgen.media import save_image
-from streamgen.models.masks import block_causal_mask, teacher_forcing_mask
+from streamgen.models.masks import FrameGroups, block_causal_mask, frame_groups, teacher_forcing_mask
 from streamgen.models.text import TextEncoder, build_tokenizer
 from streamgen.models.transformer import CausalWanTransformer3DModel
 from streamgen.models.vae import StreamingVAE
@@ -68,7 +68,7 @@ class Batch:
     sequence: Tensor  # [B, C, F', h, w]
     timestep: Tensor  # [B, F']
     positions: Tensor  # [B, F']
-    mask: Tensor  # [B, F', F']
+    mask: Tensor | FrameGroups | None  # [B, F', F'], or groups where all clips have the same
     prompt_index: Tensor  # [B, F']
     target: Tensor  # [B, C, F', h, w]
     weight: Tensor  # [B, F'], 0 where nothing is learnt
@@ -200,19 +200,16 @@ class FlowTrainer:
             row[first + size :] = np.nan  # not entered yet
         return levels
 
-    def _mask(self, pattern: str, levels: np.ndarray) -> Tensor:
+    def _mask(self, pattern: str, levels: np.ndarray) -> Tensor | FrameGroups | None:
         n, chunks = self.config.chunk_frames, levels.shape[1]
+        if pattern in ("start", "whole"):
+            return None
         if pattern == "clean":
-            mask = teacher_forcing_mask(n * chunks, n)
-        elif pattern in ("start", "whole"):
-            mask = torch.ones(n * chunks, n * chunks, dtype=torch.bool)
-        else:
-            mask = block_causal_mask(n * chunks, n)
-        mask = mask.expand(len(levels), -1, -1)
-        if pattern == "window":
-            flight = torch.from_numpy(np.repeat(levels > 0, n, 1))  # nan compares false
-            mask = mask | (flight[:, :, None] & flight[:, None, :])
-        return mask
+            return frame_groups(teacher_forcing_mask(n * chunks, n))
+        if pattern == "matched":
+            return frame_groups(block_causal_mask(n * chunks, n))
+        flight = torch.from_numpy(np.repeat(levels > 0, n, 1))  # nan compares false
+        return block_causal_mask(n * chunks, n) | (flight[:, :, None] & flight[:, None, :])
 
     def batch(self, rng: np.random.Generator) -> tuple[Batch, list[list[str]]]:
         config, n = self.config, self.config.chunk_frames
@@ -244,7 +241,8 @@ class FlowTrainer:
             positions, which = torch.cat([positions] * 2, 1), torch.cat([which] * 2, 1)
         mask = self._mask(pattern, levels)
         fields = (noisy, level * 1000, positions, mask, which, target, teach)
-        return Batch(*(f.to(self.device) for f in fields)), [d[2] for d in drawn]
+        here = (f.to(self.device) if isinstance(f, Tensor) else f for f in fields)
+        return Batch(*here), [d[2] for d in drawn]
 
     def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         batch, prompts = self.batch(rng)

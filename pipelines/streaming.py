@@ -33,7 +33,7 @@ from streamgen.models.text import TextEncoder
 from streamgen.models.transformer import CausalWanTransformer3DModel
 from streamgen.models.vae import StreamingVAE
 from streamgen.noise import SeededNoise, TensorNoise
-from streamgen.session import STATE_VERSION, Spec, StreamSession
+from streamgen.session import STATE_VERSION, Chunk, Spec, StreamSession
 
 log = logging.getLogger(__name__)
 
@@ -318,21 +318,27 @@ class StreamingVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt, negative_prompt, height, width, num_frames, seed, generator, num_inference_steps, guidance_scale,
             latents, prompt_embeds, negative_prompt_embeds, image, video, conditions,
         )
-        pixels, codes = [], []
-        with session, self.progress_bar(total=num_frames) as bar:
-            for chunk in session:
-                pixels.append(chunk.pixels)
-                codes.append(chunk.latents)
-                bar.update(chunk.pixels.shape[2])
-                if callback_on_step_end:
-                    callback_on_step_end(self, chunk.index, 0, {"latents": chunk.latents})
-                if self._interrupt:
-                    break
-        ratio = self.codec.temporal_ratio
-        frames = torch.cat(codes, 2)[:, :, : 1 + -(-(num_frames - 1) // ratio)] if output_type == "latent" else None
-        frames = _arrange(torch.cat(pixels, 2), output_type, isinstance(prompt, str)) if frames is None else frames
+        chunks = self._drain(session, num_frames, callback_on_step_end)
+        if output_type == "latent":
+            shown = 1 + -(-(num_frames - 1) // self.codec.temporal_ratio)
+            frames = torch.cat([chunk.latents for chunk in chunks], 2)[:, :, :shown]
+        else:
+            frames = _arrange(torch.cat([chunk.pixels for chunk in chunks], 2), output_type, isinstance(prompt, str))
         self.maybe_free_model_hooks()
         return StreamingVideoPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _drain(self, session: StreamSession, num_frames: int, callback: Callable | None) -> list[Chunk]:
+        """All chunks of a session, or those until a callback interrupts."""
+        chunks = []
+        with session, self.progress_bar(total=num_frames) as bar:
+            for chunk in session:
+                chunks.append(chunk)
+                bar.update(chunk.pixels.shape[2])
+                if callback:
+                    callback(self, chunk.index, 0, {"latents": chunk.latents})
+                if self._interrupt:
+                    break
+        return chunks
 
 
 def _arrange(pixels: Tensor, output_type: str, single: bool) -> np.ndarray | Tensor | list:

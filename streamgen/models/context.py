@@ -6,12 +6,15 @@ keeps nothing: it is the training and bidirectional path. The cache implements t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from streamgen.kernels.attention import attend
 from streamgen.kernels.rope import rotate
+from streamgen.models.masks import FrameGroups
 
 __all__ = ["AttentionContext", "DenseContext", "token_mask"]
 
@@ -34,18 +37,51 @@ class AttentionContext(Protocol):
 
 
 class DenseContext:
-    """Every token sees every token, or what a mask allows; nothing is kept."""
+    """Every token sees every token, or what a mask allows, or group by group; nothing is kept."""
 
-    def __init__(self, cos: Tensor, sin: Tensor, mask: Tensor | None = None, backend: str = "native") -> None:
-        """`cos`, `sin`: as `rotate` takes them. `mask`: over tokens, broadcastable to [B, H, L, L], or None."""
+    def __init__(
+        self,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        backend: str = "native",
+        groups: FrameGroups | None = None,
+        frames: int = 1,
+    ) -> None:
+        """
+        Args:
+            cos, sin: as `rotate` takes them.
+            mask: over tokens, broadcastable to [B, H, L, L], or None.
+            groups: instead of a mask, over `frames` frames; see `frame_groups`.
+        """
         self.cos, self.sin, self.mask, self.backend = cos, sin, mask, backend
+        self.groups, self.frames = groups, frames
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key = rotate(query, self.cos, self.sin), rotate(key, self.cos, self.sin)
-        return attend(query, key, value, mask=self.mask, backend=self.backend)
+        if self.groups is None:
+            return attend(query, key, value, mask=self.mask, backend=self.backend)
+        query, key, value = (x.unflatten(1, (self.frames, -1)) for x in (query, key, value))  # [B, F, T, H, D]
+        parts = [
+            attend(_frames(query, mine), _frames(key, seen), _frames(value, seen), backend=self.backend)
+            for mine, seen in self.groups
+        ]
+        order = [frame for mine, _ in self.groups for frame in mine]
+        if order == sorted(order):
+            return torch.cat(parts, 1)
+        back = [order.index(frame) for frame in range(self.frames)]
+        return _frames(torch.cat(parts, 1).unflatten(1, (self.frames, -1)), back)
 
     def stage(self, layer: int, key: Tensor, value: Tensor) -> None:
         raise NotImplementedError("a DenseContext keeps nothing: commit_only needs a context with a cache")
+
+
+def _frames(x: Tensor, frames: Sequence[int]) -> Tensor:
+    """[B, F, T, H, D] -> the tokens of some frames, [B, n·T, H, D]; runs of neighbours are slices."""
+    starts = [i for i, frame in enumerate(frames) if i == 0 or frame != frames[i - 1] + 1]
+    runs = [frames[a:b] for a, b in zip(starts, [*starts[1:], len(frames)], strict=True)]
+    parts = [x[:, run[0] : run[-1] + 1] for run in runs]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).flatten(1, 2)
 
 
 def token_mask(frame_mask: Tensor, tokens_per_frame: int) -> Tensor:

@@ -8,7 +8,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["block_causal_mask", "teacher_forcing_mask"]
+__all__ = ["FrameGroups", "block_causal_mask", "frame_groups", "teacher_forcing_mask"]
+
+FrameGroups = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (query frames, the key frames they all see), …
+
+
+def frame_groups(frame_mask: Tensor) -> FrameGroups:
+    """A mask [F, F] as groups of queries with equal rows: attention group by group needs no mask and wastes nothing.
+
+    A teacher-forcing mask of seven chunks is 29 % ones: a third of the scores, where shapes may be many and small.
+
+    >>> frame_groups(block_causal_mask(4, 2))
+    (((0, 1), (0, 1)), ((2, 3), (0, 1, 2, 3)))
+    """
+    rows: dict[tuple[bool, ...], list[int]] = {}
+    for query, row in enumerate(frame_mask.tolist()):
+        rows.setdefault(tuple(row), []).append(query)
+    return tuple((tuple(queries), tuple(k for k, seen in enumerate(row) if seen)) for row, queries in rows.items())
 
 
 def block_causal_mask(

@@ -31,6 +31,7 @@ from streamgen.models.blocks import (
     widen,
 )
 from streamgen.models.context import AttentionContext, DenseContext, token_mask
+from streamgen.models.masks import FrameGroups
 from streamgen.models.rope import RotaryEmbedding
 
 __all__ = ["CausalWanTransformer3DModel", "TextKeys"]
@@ -175,7 +176,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
         *,
         prompt_index: Tensor | None = None,
         frame_positions: Sequence[float] | Tensor | None = None,
-        frame_mask: Tensor | None = None,
+        frame_mask: Tensor | FrameGroups | None = None,
         context: AttentionContext | None = None,
         text_keys: TextKeys | None = None,
         commit_only: bool = False,
@@ -191,7 +192,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
             attention_kwargs: {"scale": s} scales LoRA layers during this call.
             prompt_index: [B, F], the prompt of each frame; needed when P > 1.
             frame_positions: [F] or [B, F], temporal positions; default 0 … F-1.
-            frame_mask: bool [F, F] or [B, F, F]; True = the row's frame may attend to the column's. None = all.
+            frame_mask: bool [F, F] or [B, F, F]; True = the row's frame may attend to the column's. None = all. Groups
+                of frames (`frame_groups`) are the same for all rows of a batch and faster.
             context: self-attention with a memory; it owns positions and visibility, so neither may be given with it.
             text_keys: what `self.text_keys` returned for these prompts.
             commit_only: give the context every layer's keys and values, skip what nothing reads, return None.
@@ -244,6 +246,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Fro
         frames, height, width = grid
         positions = range(frames) if frame_positions is None else frame_positions
         cos, sin = self.rope.angles(positions, height, width, device=device)
+        if isinstance(frame_mask, tuple):
+            return DenseContext(cos, sin, None, self.attention_backend, frame_mask, frames)
         mask = None if frame_mask is None else token_mask(frame_mask.to(device), height * width)
         return DenseContext(cos, sin, mask, self.attention_backend)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from streamgen.models.blocks import gelu
 from streamgen.models.loading import load_transformer
-from streamgen.models.masks import block_causal_mask, teacher_forcing_mask
+from streamgen.models.masks import block_causal_mask, frame_groups, teacher_forcing_mask
 from streamgen.models.rope import RotaryEmbedding
 from streamgen.models.transformer import CausalWanTransformer3DModel
 
@@ -402,3 +402,16 @@ def test_wrong_inputs_are_named(arguments, message):
     latents, timestep, text = inputs()
     with pytest.raises(ValueError, match=message):
         make()(**{**dict(hidden_states=latents, timestep=timestep, encoder_hidden_states=text), **arguments})
+
+
+@pytest.mark.parametrize("mask", [
+    block_causal_mask(7, 3, first_chunk=1),
+    teacher_forcing_mask(3, 2),
+    block_causal_mask(6, 2).roll(1, 0),  # groups that are not in order, keys that are not side by side
+    torch.eye(5, dtype=torch.bool).logical_or(torch.eye(5).roll(2, 1) > 0),
+])  # fmt: skip
+def test_groups_of_frames_are_a_mask(mask):
+    model, (latents, timestep, text) = make(), inputs(2, len(mask))
+    expected = model(latents, timestep, text, frame_mask=mask).sample
+    out = model(latents, timestep, text, frame_mask=frame_groups(mask)).sample
+    torch.testing.assert_close(out, expected, **FP32)

@@ -41,7 +41,12 @@ def test_a_batch_is_what_its_pattern_says(flow, pattern):
         batch, prompts = flow.batch(np.random.default_rng(seed))
         frames = batch.sequence.shape[2]
         assert frames == {"clean": 42, "start": 3}.get(pattern, 21)
-        assert batch.mask.shape == (len(prompts), frames, frames) and batch.mask.any(-1).all()
+        if pattern in ("clean", "matched"):
+            assert sorted(frame for mine, _ in batch.mask for frame in mine) == list(range(frames))
+        elif pattern == "window":
+            assert batch.mask.shape == (len(prompts), frames, frames) and batch.mask.any(-1).all()
+        else:
+            assert batch.mask is None  # everything sees everything
         noisy = batch.weight > 0
         level = (batch.timestep / 1000)[:, None, :, None, None]
         # x + (1 - σ)·v = ε and x - σ·v = x0: so x - σ·(ε - x0) is the clean clip wherever something is learnt
@@ -51,7 +56,8 @@ def test_a_batch_is_what_its_pattern_says(flow, pattern):
         assert noisy.any() and (clean[where].std() / source - 1).abs() < 0.3
         assert (batch.timestep[noisy] > 0).all()
         if pattern == "clean":  # nothing noisy is ever a key for another chunk, nothing clean looks at noise
-            assert not batch.mask[:, :21, 21:].any()
+            assert all(mine[0] >= 21 or max(seen) < 21 for mine, seen in batch.mask)
+            assert all(mine[0] < 21 or {f for f in seen if f >= 21} == set(mine) for mine, seen in batch.mask)
             assert (batch.positions[:, :21] == batch.positions[:, 21:]).all()
             assert (batch.timestep[:, :21] <= flow.config.context_noise).all()
         if pattern == "matched":
