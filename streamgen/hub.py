@@ -133,21 +133,28 @@ def load(
         raise InputError(f"offload={offload} frees the memory of an accelerator, and this stream runs on the CPU")
     number = resolve_dtype(dtype) or default_dtype(target)
     folder = model_folder(model)
-    log.info("%s: licence %s", model, licence_of(folder) or "not stated")
+    level = logging.DEBUG if model in embedded_models() else logging.INFO  # ours is said in the README
+    log.log(level, "%s: licence %s", model, licence_of(folder) or "not stated")
     settings = model_settings(str(folder))
     config = stream_config(preset or settings.preset, settings, overrides)  # before weights: typos fail at once
-    pipe = StreamingVideoPipeline.from_pretrained(folder, **dtype_argument(number))
+    given = {} if checkpoint is None else {"transformer": _checkpoint(checkpoint, folder, number)}
+    pipe = StreamingVideoPipeline.from_pretrained(folder, **given, **dtype_argument(number))
     pipe.stream_config = config
-    if checkpoint is not None:
-        from streamgen.models.loading import load_transformer
-
-        other = load_transformer(resolve_checkpoint(checkpoint), dict(pipe.transformer.config), dtype=number)
-        pipe.register_modules(transformer=other)
     for part, files in (("transformer", loras), ("transformer_2", loras_2)):
         for file, scale in files:
             _merge(pipe, part, file, scale)
     _replace_codec(pipe, codec, tile, number)
     return _place(pipe, target, offload)
+
+
+def _checkpoint(checkpoint: str, folder: Path, dtype):
+    """A transformer in place of the folder's, which then need not be read; it is built like that one."""
+    from streamgen.models.loading import load_transformer
+
+    own = folder / "transformer" / "config.json"
+    return load_transformer(
+        resolve_checkpoint(checkpoint), json.loads(own.read_text()) if own.is_file() else None, dtype=dtype
+    )
 
 
 def _merge(pipe, part: str, file: str, scale: float) -> None:
@@ -168,18 +175,15 @@ def _replace_codec(pipe, codec: str | None, tile: int | None, dtype) -> None:
 
 
 def _place(pipe, device, offload: str):
-    """Move what belongs on the device there; what is offloaded comes only while it computes."""
-    kept = {"text_encoder": pipe.text_encoder} if offload != "none" else {}
-    if offload == "group":
-        for name in ("transformer", "transformer_2"):
-            if getattr(pipe, name) is not None:
-                getattr(pipe, name).enable_group_offload(device, offload_type="leaf_level")
-                kept[name] = getattr(pipe, name)
-    for name in kept:
+    """Move what belongs on the device there; what is offloaded stays, or comes only while it computes."""
+    names = {"none": (), "text": ("text_encoder",), "group": ("text_encoder", "transformer", "transformer_2")}[offload]
+    kept = {name: getattr(pipe, name) for name in names if getattr(pipe, name) is not None}
+    for name, module in kept.items():
+        if name != "text_encoder":
+            module.enable_group_offload(device, offload_type="leaf_level")
         setattr(pipe, name, None)
     pipe.to(device)
-    for name, module in kept.items():
-        setattr(pipe, name, module)
+    pipe.register_modules(**kept)
     return pipe
 
 

@@ -197,3 +197,17 @@ def test_weights_that_are_offloaded_layer_by_layer_give_the_same_clip(folder, pi
     torch.testing.assert_close(other("a red cat", **look).frames, wanted)
     with pytest.raises(InputError, match="offload=group frees the memory of an accelerator"):
         streamgen.load(folder, device="cpu", offload="group")
+
+
+def test_what_is_kept_off_the_device_is_still_part_of_the_pipeline(folder, tmp_path, monkeypatch):
+    """The device is a stand-in: nothing moves, but what would have moved is seen."""
+    from streamgen import hub
+    from streamgen.pipelines import StreamingVideoPipeline
+
+    pipe, moved = streamgen.load(folder, device="cpu", dtype="fp32", overrides=FAST), []
+    monkeypatch.setattr(StreamingVideoPipeline, "to", lambda self, *_: moved.append(dict(self.components)) or self)
+    hub._place(pipe, torch.device("cpu"), "text")
+    assert moved[0]["text_encoder"] is None and moved[0]["transformer"] is not None
+    assert pipe.text_encoder is not None and pipe.config.text_encoder == ("transformers", "UMT5EncoderModel")
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "text_encoder" / "config.json").is_file()
