@@ -125,7 +125,8 @@ def transformer_stages(stages: Stages, geometry, config, latent_size, args, foun
     history -= history % chunk
     if history:  # these frames count as committed; their keys and values are zeros
         rollout.policy.commit(range(history))
-        rollout.next_chunk = history // chunk
+        rollout.next_chunk = rollout.next_entry = history // chunk
+        rollout.next_tick = sum(engine.steps(k) for k in range(history // chunk))
     peak = kept + found.tables + max(found.forward, found.rotation)
     latents = stages.run("denoise", rollout.advance, peak).latents
     stages.run("commit", rollout.commit, peak)

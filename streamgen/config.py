@@ -167,10 +167,14 @@ class CacheConfig:
 
 @dataclass
 class PositionsConfig:
-    """`rule`: see `streamgen.cache.positions`; `span`: temporal positions the model was trained on."""
+    """`rule`: see `streamgen.cache.positions`; `span`: temporal positions the model was trained on.
+
+    Streams that run past the span are warned about, or refused if `strict`.
+    """
 
     rule: str = "absolute"
     span: int = 21
+    strict: bool = False
 
 
 @dataclass

@@ -49,7 +49,7 @@ class Engine:
         self.records: list[CallRecord] = []
         self.tracing = False
         build_policy(config, self.flight_frames, self.flight_frames)  # refuses bad sizes at once
-        roomy = config.cache.sink + 2 * self.flight_frames
+        roomy = config.cache.sink + 2 * config.chunk.latent_frames
         if config.cache.policy == "window" and 0 < config.cache.window < roomy:
             log.warning("cache.window=%d leaves little memory: %d or more is advised", config.cache.window, roomy)
 

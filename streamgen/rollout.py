@@ -2,104 +2,45 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from streamgen.cache import CachePolicy, GraphStore, KVStore
-from streamgen.cache.policies import POLICIES, Sizes
+from streamgen.cache.policies import POLICIES, Sizes, rule_for_parts
 from streamgen.cache.store import Geometry
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError
-from streamgen.schedules import Call, OpKind, Row, Slot, SlotOp, Tick, clean_call
+from streamgen.flight import CallRecord, Channels, Flight, LatentChunk, Text, Timings
+from streamgen.flight_state import restore, save
+from streamgen.models.blocks import widen
+from streamgen.schedules import Call, OpKind, Row, Slot, SlotOp, Tick, begins, clean_call, until_emission
 
 if TYPE_CHECKING:
     from streamgen.engine import Engine
 
-
-@dataclass(frozen=True, slots=True)
-class LatentChunk:
-    """A finished chunk: latents [B, C, f, H, W], its number, its first latent frame, and the epoch of its prompt."""
-
-    latents: Tensor
-    index: int
-    first_frame: int
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class CallRecord:
-    """One executed call: what ran, and the plan it ran by."""
-
-    tick: int
-    kind: str
-    source: str
-    chunks: tuple[int, ...]
-    frames: tuple[int, ...]
-    timesteps: tuple[float, ...]
-    key_frames: tuple[tuple[int, ...], ...]  # per group of queries
-    key_positions: tuple[tuple[float, ...], ...]
-    query_positions: tuple[tuple[float, ...], ...]
-    writes: tuple[int, ...]
-    expert: int = 0
-
-
-@dataclass(slots=True)
-class Flight:
-    """A chunk being denoised: x [B, C, f, H, W] at level p of its ladder."""
-
-    x: Tensor
-    frames: range
-    text: Text
-    p: int = 0
-    channels: Tensor | None = None  # [B or 1, C', f, H, W], read beside x
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Text:
-    """What a chunk is told, per guidance branch, and the epoch it belongs to."""
-
-    embeds: Tensor  # [branches·B, L, D]
-    keys: tuple  # their TextKeys, per expert
-    epoch: int
-    image: Tensor | None = None  # [branches·B, tokens, D'], the embedded picture
-
-
-class Channels(Protocol):
-    """What a model reads beside its latents: the picture and mask of image-to-video, a control video."""
-
-    def frames(self, frames: range) -> Tensor:
-        """[B or 1, C', f, H, W] of these latent frames; asked in order, the last ones perhaps again."""
-        ...
-
-    def fork(self) -> Channels: ...
-    def state_dict(self) -> dict: ...
-    def load_state_dict(self, state: dict) -> None: ...
-
-
-class Timings:
-    """Seconds spent per kind of call since they were last taken."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def add(self, name: str, begin: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-
-    def take(self) -> dict[str, float]:
-        taken, self.seconds = self.seconds, {}
-        return taken
+log = logging.getLogger(__name__)
 
 
 def build_policy(config: StreamConfig, flight_frames: int, total_frames: int | None) -> CachePolicy:
-    """The cache policy of a configuration. Raises InputError below a window's floor."""
+    """The cache policy of a configuration. Raises InputError below a window's floor and for what cannot be combined."""
     cls, options = POLICIES.get(config.cache.policy)
+    if config.schedule.coupling == "joint-causal" and flight_frames > config.chunk.latent_frames:
+        if config.cache.window != -1:
+            rule_for_parts(config, "schedule.coupling=joint-causal")
+    if config.guidance.commit_branch == "positive" and config.schedule.commit == "inplace":
+        raise InputError(
+            "guidance.commit_branch=positive asks for a commit under the prompt, and schedule.commit=inplace has none: "
+            "use separate or fused"
+        )
     if hasattr(options, "from_config"):  # the package's own read the shared keys
         chosen = options.from_config(config)
     else:
@@ -115,6 +56,12 @@ def recache_frames(config: StreamConfig, total_frames: int | None) -> int:
     if config.cache.window != -1:
         return config.cache.window
     return total_frames if config.switch.mode == "recache" else 0
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """The same warning a second time says nothing."""
+    log.warning(message)
 
 
 class Rollout:
@@ -135,9 +82,13 @@ class Rollout:
                 f"{num_latent_frames} latent frames are not a positive multiple of chunk.latent_frames={per_chunk}"
             )
         self.num_chunks = None if num_latent_frames is None else num_latent_frames // per_chunk
-        self.policy = build_policy(engine.config, engine.flight_frames, num_latent_frames)
+        self.flight_frames = engine.schedule.in_flight(engine.steps, self.num_chunks) * per_chunk
+        self.policy = build_policy(engine.config, self.flight_frames, num_latent_frames)
+        self._check_span()
+        self._check_experts()
         self.negative = negative_embeds
-        self.text = engine.text(prompt_embeds, negative_embeds, self.batch, 0, image)
+        text = engine.text(prompt_embeds, negative_embeds, self.batch, 0, image)
+        self.text = replace(text, scale=engine.config.guidance.scale)
         self.image = image
         self.switches: list[tuple[int, Tensor]] = []  # to come: latent frame, text
         self.flight: dict[int, Flight] = {}
@@ -148,10 +99,10 @@ class Rollout:
         self.next_tick = 0
         self.owed: dict[int, Flight] = {}  # finished chunks that the next call publishes
         self.ready: list[LatentChunk] = []  # finished together with one that was delivered
-        self.guidance_scale = engine.config.guidance.scale  # may change at a chunk boundary
         self.timings = Timings()
         self.stores = [self._new_store(expert) for expert in engine.experts]
         self._ticks: Iterator[Tick] | None = None
+        self._due: list[Tick] = []  # drawn from it and not yet run: what the next chunk takes
         self._plans: dict[tuple, tuple] = {}  # of the present chunk: all its steps share them
 
     # ------------------------------------------------------------------------------------------- state
@@ -168,9 +119,37 @@ class Rollout:
     def epoch(self) -> int:
         return self.text.epoch
 
+    @property
+    def follows(self) -> bool:
+        """Whether chunks in flight take every change with them."""
+        return self.engine.config.switch.in_flight == "follow"
+
+    @property
+    def guidance_scale(self) -> float:
+        return self.text.scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, scale: float) -> None:
+        self._tell(replace(self.text, scale=scale))
+
     def relabel(self, epoch: int) -> None:
         """Chunks from here on carry another epoch; nothing else changes."""
-        self.text = replace(self.text, epoch=epoch)
+        self._tell(replace(self.text, epoch=epoch))
+
+    def _tell(self, text: Text) -> None:
+        """What chunks are told as they enter, those in flight too if they follow."""
+        self.text = text
+        if self.follows:
+            for flight in self.flight.values():
+                flight.text = text
+
+    def takes_effect(self, after_next: bool = False) -> int:
+        """The first chunk that a change made now, or once the next chunk is delivered, applies to."""
+        chunk = self.next_chunk + len(self.ready) if self.follows else self.next_entry
+        if after_next and not self.ready:
+            ticks = self._upcoming()
+            chunk += len(ticks[-1].emits) if self.follows else begins(ticks)
+        return chunk
 
     @property
     def store(self) -> KVStore | GraphStore:
@@ -197,11 +176,32 @@ class Rollout:
         )
         if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
             return GraphStore(geometry)
-        most = max(self.engine.flight_frames, self._recache_frames())
+        most = max(self.flight_frames, self._recache_frames())
         return KVStore(geometry, self.policy.pages, most, self.engine.dtype, self.engine.device)
 
     def _recache_frames(self) -> int:
         return recache_frames(self.engine.config, self.num_latent_frames)
+
+    def _check_span(self) -> None:
+        """Warns, or raises InputError, where positions run past what the model was trained on."""
+        reach, positions = self.policy.reach(), self.engine.config.positions
+        if reach is not None and reach <= positions.span:
+            return
+        far = "without end" if reach is None else f"over {reach} frames"
+        message = (
+            f"positions.rule={positions.rule} spreads what a call sees {far}, past the positions.span="
+            f"{positions.span} the model was trained on: give positions.rule=packed and a cache.window within the span"
+        )
+        if positions.strict:
+            raise InputError(f"{message}, or positions.strict=false")
+        warn_once(message)
+
+    def _check_experts(self) -> None:
+        commit = self.engine.config.schedule.commit
+        if len(self.engine.experts) > 1 and commit in ("fused", "inplace"):
+            raise InputError(
+                f"two experts keep a cache each, and schedule.commit={commit} fills that of one alone: use separate"
+            )
 
     # ------------------------------------------------------------------------------------------- running
     def advance(self) -> LatentChunk:
@@ -213,27 +213,31 @@ class Rollout:
         self.next_chunk += 1
         return self.ready.pop(0)
 
+    def _upcoming(self) -> list[Tick]:
+        """The ticks up to the next that finishes a chunk."""
+        if not self._due:
+            ticks = self._ticks or self.engine.schedule.ticks(self.engine.steps, self.num_chunks, self.next_tick)
+            self._ticks = None  # an interrupted generator is dead
+            self._due = until_emission(ticks)
+            self._ticks = ticks
+        if not (self._due and self._due[-1].emits):
+            raise RuntimeError("the schedule ended before the stream")
+        return self._due
+
     def _run_ticks(self) -> None:
-        """Ticks until one emits; an exception (out of memory, Ctrl-C) leaves things as they were before the first."""
+        """Ticks until one emits.
+
+        An exception (out of memory, Ctrl-C) costs the call it hit: the next attempt begins with that.
+        """
         self.commit()
-        if self._ticks is None:
-            self._ticks = self.engine.schedule.ticks(self.engine.steps, self.num_chunks, self.next_tick)
-        before = self.next_tick, self.next_entry, {chunk: replace(flight) for chunk, flight in self.flight.items()}
         self._plans = {}
-        try:
-            for tick in self._ticks:
-                self._run_tick(tick)
-                if tick.emits:
-                    return
-        except BaseException:
-            self._ticks = None
-            self.next_tick, self.next_entry, self.flight = before
-            raise
-        raise RuntimeError("the schedule ended before the stream")
+        for tick in list(self._upcoming()):
+            self._run_tick(tick)
+            self._due.pop(0)
 
     def _run_tick(self, tick: Tick) -> None:
         for op in tick.ops:
-            if op.kind is OpKind.BEGIN:
+            if op.kind is OpKind.BEGIN and op.chunk >= self.next_entry:  # not begun by an attempt that failed
                 self._begin(op.chunk)
         for call in tick.calls:
             self._denoise(tick.index, call)
@@ -256,7 +260,8 @@ class Rollout:
         config = self.engine.transformer.config
         channels = config.out_channels or config.in_channels
         shape = (self.batch, channels, *self.latent_size)
-        return self.noise.frames(purpose, frames, step, shape).to(self.engine.device, torch.float32)
+        drawn = self.noise.frames(purpose, frames, step, shape)
+        return drawn.to(self.engine.device, torch.promote_types(torch.float32, self.engine.dtype))
 
     def _emit(self, tick: Tick) -> None:
         done = {index: self.flight.pop(index) for index in tick.emits}
@@ -294,22 +299,33 @@ class Rollout:
         """
         if mode == "reset":
             raise InputError("a reset begins a new stream: use keep, recache or cut here, or reset a session")
-        self.commit()
-        for chunk, flight in self.owed.items():  # it would ride with a call that now comes too late
-            call = clean_call((chunk,), self.engine.steps)
-            self._clean(self.next_tick, call, call.rows[0], flight.x, flight.channels, [flight.frames], flight.text)
         epoch = self.text.epoch + 1 if epoch is None else epoch
         text = self.engine.text(prompt_embeds, self.negative, self.batch, epoch, self.image)
+        text = replace(text, scale=self.text.scale)
+        self._check_length(text)
+        self.commit()
+        for chunk, flight in list(self.owed.items()):  # it would ride with a call that now comes too late
+            call = clean_call((chunk,), self.engine.steps)
+            self._clean(self.next_tick, call, call.rows[0], flight.x, flight.channels, [flight.frames], flight.text)
         requested = self.next_frame if requested is None else requested
         frames = self.policy.switch(mode, requested)
         self._plans = {}
         if frames is not None:
             self._recache(frames, text)
         self.policy.switched(mode, requested)
-        self.text = text
-        if self.engine.config.switch.in_flight == "follow":
-            for flight in self.flight.values():
-                flight.text = text
+        self._tell(text)
+
+    def _check_length(self, text: Text) -> None:
+        """Raises InputError if chunks in flight could not read this text beside theirs."""
+        if self.follows or getattr(self.engine.transformer.config, "text_len", None) is not None:
+            return  # the model brings every text to one length
+        lengths = {flight.text.embeds.shape[1] for flight in self.flight.values()}
+        if lengths - {text.embeds.shape[1]}:
+            raise InputError(
+                f"a prompt of {text.embeds.shape[1]} tokens cannot stand beside those of chunks in flight "
+                f"({', '.join(map(str, sorted(lengths)))} tokens): pad prompts to one length, or use "
+                "switch.in_flight=follow"
+            )
 
     def _recache(self, frames: range, text: Text) -> None:
         """Encode finished frames again, under another text."""
@@ -325,75 +341,24 @@ class Rollout:
 
     def state_dict(self) -> dict:
         """Everything a later `load_state_dict` needs to go on bit by bit: tensors and plain Python."""
-        texts: dict[int, Text] = {id(text): text for text in self._texts()}
-        order = list(texts)
-        told = lambda flight: {**_saved(flight), "text": order.index(id(flight.text))}
-        return {
-            "next_chunk": self.next_chunk,
-            "next_entry": self.next_entry,
-            "next_tick": self.next_tick,
-            "guidance_scale": self.guidance_scale,
-            "policy": self.policy.state_dict(),
-            "stores": [store.state_dict() for store in self.stores],
-            "texts": [{"embeds": text.embeds, "image": text.image, "epoch": text.epoch} for text in texts.values()],
-            "text": order.index(id(self.text)),
-            "flight": {chunk: told(flight) for chunk, flight in self.flight.items()},
-            "owed": {chunk: told(flight) for chunk, flight in self.owed.items()},
-            "past": [_saved(flight) for flight in self.past],
-            "pending": [(tick, told(flight)) for tick, _, flight in self.pending],
-            "ready": [asdict(chunk) for chunk in self.ready],
-            "channels": self.channels.state_dict() if self.channels is not None else None,
-        }
+        return save(self)
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state` was taken; the engine, the noise and the sizes must be the same."""
-        self.next_chunk, self.next_entry = state["next_chunk"], state["next_entry"]
-        self.next_tick, self.guidance_scale = state["next_tick"], state["guidance_scale"]
-        self.policy.load_state_dict(state["policy"])
-        for store, saved in zip(self.stores, state["stores"], strict=True):
-            store.load_state_dict(saved)
-        texts = [self._restored_text(saved) for saved in state["texts"]]
-        self.text = texts[state["text"]]
-        self.flight = {k: self._restored(saved, texts[saved["text"]]) for k, saved in state["flight"].items()}
-        self.past = [self._restored(saved, self.text) for saved in state["past"]]
-        self.owed = {k: self._restored(saved, texts[saved["text"]]) for k, saved in state["owed"].items()}
-        self.ready = [LatentChunk(**saved) for saved in state["ready"]]
-        self.pending = []
-        for tick, saved in state["pending"]:
-            flight = self._restored(saved, texts[saved["text"]])
-            chunk = flight.frames.start // self.engine.config.chunk.latent_frames
-            self.pending.append((tick, clean_call((chunk,), self.engine.steps), flight))
-        if self.channels is not None:
-            self.channels.load_state_dict(state["channels"])
-        self._ticks = None
-        self._plans = {}
-
-    def _texts(self) -> Iterator[Text]:
-        """Every text that a later call may read."""
-        yield self.text
-        for flight in (*self.flight.values(), *self.owed.values(), *(flight for _, _, flight in self.pending)):
-            yield flight.text
-
-    def _restored_text(self, saved: dict) -> Text:
-        image = None if saved["image"] is None else saved["image"].to(self.engine.device)
-        return self.engine.keyed(saved["embeds"].to(self.engine.device), saved["epoch"], image)
-
-    def _restored(self, saved: dict, text: Text) -> Flight:
-        device = self.engine.device
-        channels = None if saved["channels"] is None else saved["channels"].to(device)
-        return Flight(saved["x"].to(device), range(*saved["frames"]), text, saved["p"], channels)
+        restore(self, state)
+        self._ticks, self._due, self._plans = None, [], {}
 
     def fork(self) -> Rollout:
         """An independent stream with the same past; what either does is unknown to the other."""
         other = copy(self)
         other.stores = [store.fork() for store in self.stores]
         other.channels = self.channels.fork() if self.channels is not None else None
-        other.policy = build_policy(self.engine.config, self.engine.flight_frames, self.num_latent_frames)
+        other.policy = build_policy(self.engine.config, self.flight_frames, self.num_latent_frames)
         other.policy.load_state_dict(self.policy.state_dict())
         other.flight = {chunk: replace(flight) for chunk, flight in self.flight.items()}
         other.owed = dict(self.owed)
         other.pending, other.past, other.ready = list(self.pending), list(self.past), list(self.ready)
-        other._ticks, other._plans, other.timings = None, {}, Timings()
+        other._ticks, other._due, other._plans, other.timings = None, [], {}, Timings()
         return other
 
     # ------------------------------------------------------------------------------------------- calls
@@ -404,9 +369,9 @@ class Rollout:
 
     def _forward(
         self, expert: int, x: Tensor, channels: Tensor | None, timestep: Tensor, text: Text, context,
-        commit_only: bool = False, prompt_index: Tensor | None = None,
+        commit_only: bool = False, prompt_index: Tensor | None = None, scale: float | Tensor = 1.0,
     ) -> Tensor | None:
-        """The guided velocity, or None from a commit."""
+        """The velocity, guided by `scale` (one number or [F, 1, 1]), or None from a commit."""
         if channels is not None:
             x = torch.cat([x, channels.to(x).expand(x.shape[0], -1, -1, -1, -1)], 1)
         if self.engine.branches == 2:
@@ -417,11 +382,11 @@ class Rollout:
         out = self.engine.experts[expert](x, timestep, **more)
         if commit_only:
             return None
-        velocity = out[0].float()
+        velocity = widen(out[0])
         if self.engine.branches == 1:
             return velocity
         positive, negative = velocity.chunk(2)
-        return negative + self.guidance_scale * (positive - negative)
+        return negative + scale * (positive - negative)
 
     def _denoise(self, tick: int, call: Call) -> None:
         begin = time.perf_counter()
@@ -438,17 +403,22 @@ class Rollout:
         self._record(tick, call, row, frames, levels, plan, expert)
         x, channels = _joined([f.x for f in flights]), _joined([f.channels for f in flights])
         timestep = self._timestep(levels, frames)
-        text, which = self._told(flights)
-        velocity = self._forward(expert, x, channels, timestep, text, context, prompt_index=which)
+        texts = [self._commit_text(f.text) if s.op is SlotOp.CLEAN else f.text for s, f in zip(row.slots, flights)]
+        text, which = self._told(texts, frames)
+        scale = self._scale(texts, frames)
+        velocity = self._forward(expert, x, channels, timestep, text, context, prompt_index=which, scale=scale)
+        moved = []
         for slot, flight, part in zip(row.slots, flights, velocity.split([len(f) for f in frames], 2), strict=True):
             if slot.op is SlotOp.STEP:
                 fresh = partial(self._noise, "renoise", flight.frames, slot.p_in)
-                flight.x = self.engine.ladder_of(slot.chunk).step(flight.x, part, slot.p_in, fresh)
-                flight.p = slot.p_out
+                x = self.engine.ladder_of(slot.chunk).step(flight.x, part, slot.p_in, fresh)
+                moved.append((flight, x, slot.p_out))
         published = [f for slot, part in zip(row.slots, frames, strict=True) if slot.publish for f in part]
         self.stores[expert].stage(plan, context)
         if published:
             self._publish([(self.stores[expert], plan, context, text.keys[expert])], published)
+        for flight, x, p in moved:  # nothing has changed before: an exception leaves the call to be made again
+            flight.x, flight.p = x, p
         self.timings.add("denoise", begin)
 
     def _flight(self, slot: Slot) -> Flight:
@@ -461,23 +431,39 @@ class Rollout:
             return self.engine.config.schedule.commit_level
         return self.engine.ladder_of(slot.chunk).timesteps[slot.p_in]
 
-    def _told(self, flights: list[Flight]) -> tuple[Text, Tensor | None]:
+    def _told(self, texts: list[Text], frames: tuple[range, ...]) -> tuple[Text, Tensor | None]:
         """One text for a whole call, or several beside each other and the one each frame reads, [branches·B, F]."""
-        texts = list({id(flight.text): flight.text for flight in flights}.values())
-        if len(texts) == 1:
+        different = {id(text.keys): text for text in texts}
+        if len(different) == 1:
             return texts[0], None
-        keys = tuple(type(parts[0]).join(parts) for parts in zip(*(text.keys for text in texts), strict=True))
-        order = [id(text) for text in texts]
-        which = [order.index(id(flight.text)) for flight in flights for _ in flight.frames]
+        keys = tuple(
+            type(parts[0]).join(parts) for parts in zip(*(text.keys for text in different.values()), strict=True)
+        )
+        order = list(different)
+        which = [order.index(id(text.keys)) for text, part in zip(texts, frames, strict=True) for _ in part]
         rows = self.batch * self.engine.branches
         return replace(texts[0], keys=keys), torch.tensor(which, device=self.engine.device).expand(rows, -1)
+
+    def _scale(self, texts: list[Text], frames: tuple[range, ...]) -> float | Tensor:
+        """Guidance of a call: one number, or that of each frame, [F, 1, 1]."""
+        if len({text.scale for text in texts}) == 1:
+            return texts[0].scale
+        scales = [text.scale for text, part in zip(texts, frames, strict=True) for _ in part]
+        return torch.tensor(scales, device=self.engine.device)[:, None, None]
+
+    def _commit_text(self, text: Text) -> Text:
+        """What a finished chunk is told as it is published."""
+        if self.engine.config.guidance.commit_branch == "own" or self.engine.branches == 1:
+            return text
+        positive = text.embeds.chunk(2)[0].repeat(2, 1, 1)
+        return self.engine.keyed(positive, text.epoch, text.image)
 
     def _publish(self, calls: list[tuple], frames: list[int]) -> None:
         """Make finished calls visible to later ones, all of them or none, and tell the policy."""
         for store, plan, context, text in calls:
             store.publish(plan, context, text)
         self.policy.commit(frames)
-        self.owed = {}
+        self.owed = {chunk: flight for chunk, flight in self.owed.items() if flight.frames.start not in frames}
         self._plans = {}  # they followed what was committed before
 
     def _context(self, call: Call, row: Row, frames: tuple[range, ...], expert: int):
@@ -504,14 +490,11 @@ class Rollout:
         Nothing is published before every expert is through: an exception in between leaves the commit owed.
         """
         begin = time.perf_counter()
-        config = self.engine.config
-        level = config.schedule.commit_level
-        if config.guidance.commit_branch == "positive" and self.engine.branches == 2:
-            text = self.engine.keyed(text.embeds.chunk(2)[0].repeat(2, 1, 1), text.epoch, text.image)
+        level, text = self.engine.config.schedule.commit_level, self._commit_text(text)
         calls = []
         for expert, store in enumerate(self.stores):
             plan, context = self._bind(call, row, tuple(frames), expert)
-            if not plan.writes:  # nobody would read it
+            if not plan.publishes:  # nobody would read it
                 continue
             self._record(tick, call, row, tuple(frames), [level], plan, expert)
             timestep = self._timestep([level], tuple(frames))
@@ -545,8 +528,3 @@ class Rollout:
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
     """Chunks along time."""
     return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, 2)
-
-
-def _saved(flight: Flight) -> dict:
-    frames = (flight.frames.start, flight.frames.stop)
-    return {"x": flight.x, "frames": frames, "channels": flight.channels, "p": flight.p}

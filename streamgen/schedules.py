@@ -6,7 +6,7 @@ The engine executes what it yields; nothing else decides what runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count, islice
@@ -115,8 +115,8 @@ class Schedule(Protocol):
         """Ticks for `chunks` chunks in all (None = endless), from tick `first_tick` on."""
         ...
 
-    def in_flight(self, steps: Steps) -> int:
-        """The most chunks that are being denoised at once."""
+    def in_flight(self, steps: Steps, chunks: int | None = None) -> int:
+        """The most chunks that share a call, in a stream of `chunks`; those that ride along to be published count."""
         ...
 
 
@@ -160,12 +160,21 @@ class Staggered:
         """Rows of a tick, from the slots that are due, oldest chunk first."""
         raise NotImplementedError
 
+    @property
+    def gaps(self) -> tuple:
+        """Gaps as listed; the last repeats."""
+        stagger = self.options.stagger
+        return tuple(stagger) if isinstance(stagger, (list, tuple)) else (stagger,)
+
+    @property
+    def bursts(self) -> bool:
+        """Whether all later chunks enter at once, which only a finite stream can do."""
+        return self.gaps[-1] == 0
+
     def gap(self, chunk: int, steps: Steps) -> int:
         """Ticks between the entries of this chunk and the next."""
-        stagger = self.options.stagger
-        if stagger == "solo":
-            return steps(chunk)
-        return stagger if isinstance(stagger, int) else stagger[min(chunk, len(stagger) - 1)]
+        gap = self.gaps[min(chunk, len(self.gaps) - 1)]
+        return steps(chunk) if gap == "solo" else gap
 
     def entries(self, steps: Steps) -> Iterator[tuple[int, int]]:
         """(chunk, tick it enters at), without end. Raises InputError where a chunk would overtake the one before."""
@@ -181,8 +190,10 @@ class Staggered:
             tick += self.gap(chunk, steps)
 
     def ticks(self, steps: Steps, chunks: int | None, first_tick: int = 0) -> Iterator[Tick]:
-        if chunks is None and self.options.stagger == 0:
-            raise InputError("schedule.stagger=0 starts all chunks at once: give the stream a number of frames")
+        if chunks is None and self.bursts:
+            raise InputError(
+                f"schedule.stagger={self.options.stagger} starts all chunks at once: give the stream a number of frames"
+            )
         entries = islice(self.entries(steps), chunks)
         entering = next(entries, None)
         levels: dict[int, int] = {}  # of the chunks in flight
@@ -218,13 +229,13 @@ class Staggered:
             commits=tuple(clean_call((k,), steps) for k in done) if commit == "separate" else (),
         )
 
-    def in_flight(self, steps: Steps) -> int:
-        gaps = self.options.stagger
-        listed = len(gaps) if isinstance(gaps, (list, tuple)) else 1
-        if gaps == 0:
-            return 1  # as many as the stream has; see `Engine.flight_frames`
-        spans = [(tick, tick + steps(chunk)) for chunk, tick in islice(self.entries(steps), listed + HORIZON)]
-        return max(sum(begin <= tick < end for begin, end in spans) for tick, _ in spans)
+    def in_flight(self, steps: Steps, chunks: int | None = None) -> int:
+        listed = len(self.gaps)
+        if chunks is None or not self.bursts:  # a burst of unknown size: its first chunk stands for it
+            seen = listed if self.bursts else listed + HORIZON
+            chunks = seen if chunks is None else min(seen, chunks)
+        calls = (call for tick in self.ticks(steps, chunks) for call in tick.calls)
+        return max(sum(len(row.slots) for row in call.rows) for call in calls)
 
 
 @register_schedule("solo", ScheduleOptions)
@@ -257,6 +268,21 @@ class JointCausalSchedule(Staggered):
 
     def rows(self, slots: tuple[Slot, ...]) -> tuple[Row, ...]:
         return (Row(slots, causal=True),)
+
+
+def until_emission(ticks: Iterator[Tick]) -> list[Tick]:
+    """The next ticks, up to the first that finishes a chunk."""
+    out = []
+    for tick in ticks:
+        out.append(tick)
+        if tick.emits:
+            break
+    return out
+
+
+def begins(ticks: Iterable[Tick]) -> int:
+    """How many chunks enter."""
+    return sum(op.kind is OpKind.BEGIN for tick in ticks for op in tick.ops)
 
 
 def clean_slot(chunk: int, steps: Steps) -> Slot:

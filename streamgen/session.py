@@ -20,8 +20,9 @@ from streamgen.engine import Engine, LatentChunk, pad_rows
 from streamgen.errors import BrokenStreamError, InputError
 from streamgen.models.codecs import Codec
 from streamgen.noise import SeededNoise
+from streamgen.schedules import begins, until_emission
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Change:
-    """A request that was accepted: it takes effect with chunk `chunk`, which will carry epoch `epoch`."""
+    """A request that was accepted: it takes effect with chunk `chunk`, the first to carry epoch `epoch`.
+
+    With several chunks in flight that is the next one to enter, or, if they follow (`switch.in_flight`), to come out.
+    """
 
     chunk: int
     epoch: int
@@ -144,7 +148,10 @@ class StreamSession:
         self._epochs = 0  # the last one given out
         self.prompt = spec.prompt
         self.index, self.delivered = 0, 0  # of the next chunk; pixel frames so far
-        self._computing = False  # the next chunk has begun: changes come too late for it
+        self._computing = False  # the next chunk has begun: changes come too late for it,
+        self._effect = 0  # and take effect with this one
+        self._first = 0  # what the roll-out calls chunk 0
+        self._prompts: dict[int, str | list[str]] = {0: self.prompt}  # of epochs that are still to be delivered
         self._decoder = None
         self._finished: LatentChunk | None = None  # computed, not yet decoded: a failing decoder loses nothing
         self._seconds: dict[str, float] = {}
@@ -165,19 +172,22 @@ class StreamSession:
         negative = self.spec.extra.get("negative_prompt_embeds")
         if negative is None and self.engine.branches == 2:
             negative = self._texts([self.spec.negative_prompt])
-        total = frames
-        if frames is None and self.spec.num_frames is not None:
-            left = self.spec.num_frames - self.delivered
-            total = latent_frames_for(left, self.codec.temporal_ratio, self.engine.config.chunk.latent_frames)
         return self.engine.start(
             embeds,
             self._noise,
             latent_size=tuple(self.spec.latent_size),
-            num_latent_frames=total,
+            num_latent_frames=self._frames_left() if frames is None else frames,
             negative_embeds=negative,
             batch=embeds.shape[0],
             conditions={"image_embeds": self.spec.extra.get("image_embeds"), "channels": self._channels},
         )
+
+    def _frames_left(self) -> int | None:
+        """Latent frames of a roll-out that delivers the rest; None = endless."""
+        if self.spec.num_frames is None:
+            return None
+        left = self.spec.num_frames - self.delivered
+        return latent_frames_for(left, self.codec.temporal_ratio, self.engine.config.chunk.latent_frames)
 
     @property
     def finished(self) -> bool:
@@ -222,7 +232,9 @@ class StreamSession:
         self.delivered += pixels.shape[2]
         with self._mail:
             self.index, self._computing = self.index + 1, False
-        prompt = self.prompt if isinstance(self.prompt, str) else tuple(self.prompt)
+        self._prompts = {epoch: prompt for epoch, prompt in self._prompts.items() if epoch >= chunk.epoch}
+        prompt = self._prompts[chunk.epoch]
+        prompt = prompt if isinstance(prompt, str) else tuple(prompt)
         return Chunk(pixels, chunk.latents, self.index - 1, chunk.epoch, prompt, timings)
 
     # ------------------------------------------------------------------------------------------- steering
@@ -239,7 +251,7 @@ class StreamSession:
         strength: float | None = None,
         options: dict | None = None,
     ) -> Change:
-        """Change what is not None from the next chunk on; of several pending changes the newest wins.
+        """Change what is not None from the next chunk boundary on; of several pending changes the newest wins.
 
         Args:
             mode: keep | recache | reset | cut (design of the cache at a switch); None = the preset's.
@@ -274,15 +286,22 @@ class StreamSession:
                 blend=blend if kept is None else kept.blend,
                 guidance_scale=guidance_scale,
             )
-            late = self._computing or self._finished is not None
-            return Change(self.index + late, self._epochs)
+            return Change(self._takes_effect(self._request), self._epochs)
+
+    def _takes_effect(self, request: Request) -> int:
+        """The first chunk that will carry a request's epoch."""
+        if request.mode == "reset" and request.prompt is not None:
+            return self.index + self._computing
+        return self._effect if self._computing else self._first + self._rollout.takes_effect()
 
     def _apply(self) -> None:
         """Take the pending change, or the next step of a blend; all of it or nothing."""
         with self._mail:
-            request, self._request, self._computing = self._request, None, True
-        if request is not None and request.prompt is not None and request.mode == "reset":
-            self._finished = None
+            request, self._request = self._request, None
+            reset = request is not None and request.prompt is not None and request.mode == "reset"
+            if reset:
+                self._finished = None
+            self._effect, self._computing = self._next_effect(reset), True
         if self._finished is not None:  # its decoding failed: it comes before this change
             self._put_back(request)
             return
@@ -291,6 +310,15 @@ class StreamSession:
         except BaseException:
             self._put_back(request)
             raise
+
+    def _next_effect(self, reset: bool) -> int:
+        """The first chunk that what comes while the next one is computed applies to."""
+        if not reset:
+            return self._first + self._rollout.takes_effect(after_next=self._finished is None)
+        frames, engine = self._frames_left(), self.engine
+        chunks = None if frames is None else frames // engine.config.chunk.latent_frames
+        ticks = until_emission(engine.schedule.ticks(engine.steps, chunks))
+        return self.index + (len(ticks[-1].emits) if self._rollout.follows else begins(ticks))
 
     def _put_back(self, request: Request | None) -> None:
         """A change that could not be taken now is pending again, unless a newer one came."""
@@ -309,11 +337,12 @@ class StreamSession:
                 self._step_blend(request.epoch)
             else:
                 self._rollout.relabel(request.epoch)
+            self._prompts[request.epoch] = self.prompt
             return
         new = self._texts(request.prompt).expand(self._embeds.shape[0], -1, -1)
         if request.mode == "reset":
             scale = self._rollout.guidance_scale
-            self._rollout, self._decoder = self._start(new), None
+            self._rollout, self._decoder, self._first = self._start(new), None, self.index
             self._rollout.guidance_scale = scale
             self._rollout.relabel(request.epoch)
             self._blend = None
@@ -324,6 +353,7 @@ class StreamSession:
             self._blend = None
             self._rollout.switch(new, request.mode, request.epoch)
         self.prompt = request.prompt if isinstance(self.prompt, str) else [request.prompt] * len(self.prompt)
+        self._prompts[request.epoch] = self.prompt
         if self._blend is None:
             self._embeds = new
 
@@ -372,7 +402,7 @@ class StreamSession:
             other._playing.set()
             other._rollout = self._rollout.fork()
             other._blend = Blend(**vars(self._blend)) if self._blend else None
-            other._seconds = dict(self._seconds)
+            other._seconds, other._prompts = dict(self._seconds), dict(self._prompts)
             return other
 
     def _check_open(self) -> None:
@@ -390,9 +420,11 @@ class StreamSession:
                 "spec": {**vars(self.spec), "latent_size": list(self.spec.latent_size)},
                 "noise": self._noise.state_dict(),
                 "prompt": self.prompt,
+                "prompts": dict(self._prompts),
                 "embeds": self._embeds,
                 "epochs": self._epochs,
                 "index": self.index,
+                "first": self._first,
                 "delivered": self.delivered,
                 "blend": vars(self._blend).copy() if self._blend else None,
                 "request": vars(self._request).copy() if self._request else None,
@@ -406,6 +438,7 @@ class StreamSession:
         """Continue from a state; `pipe.resume` checks that it fits."""
         with self._compute, self._mail:
             self.prompt, self._embeds, self._epochs = state["prompt"], state["embeds"], state["epochs"]
+            self._prompts, self._first = dict(state["prompts"]), state["first"]
             self.index, self.delivered = state["index"], state["delivered"]
             self._blend = Blend(**state["blend"]) if state["blend"] else None
             self._request = Request(**state["request"]) if state["request"] else None

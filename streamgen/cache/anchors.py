@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streamgen.cache.plan import Group, Plan, Write
-from streamgen.cache.policies import Pages, Sizes, WindowOptions, WindowPolicy, register_policy
+from streamgen.cache.policies import (
+    Pages,
+    Sizes,
+    WindowOptions,
+    WindowPolicy,
+    needs_own_commits,
+    register_policy,
+)
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError
 from streamgen.schedules import Call, CallKind, Row
@@ -38,6 +45,7 @@ class AnchorOptions(WindowOptions):
 
     @classmethod
     def from_config(cls, config: StreamConfig) -> AnchorOptions:
+        needs_own_commits(config)
         base, cache = vars(WindowOptions.from_config(config)), config.cache
         return cls(**base, anchors=cache.anchors, anchor_every=cache.anchor_every, anchor_switch=cache.anchor_switch)
 
@@ -62,9 +70,21 @@ class AnchorPolicy(WindowPolicy):
 
     def __init__(self, options: AnchorOptions, sizes: Sizes) -> None:
         super().__init__(options, sizes)
+        room = options.span - options.window - options.sink
+        if options.positions == "tri-region" and 0 < self._extra_frames() > room:
+            raise InputError(
+                f"cache.anchors={options.anchors} of {sizes.chunk} frames do not fit between sink and window: "
+                f"positions.span={options.span} leaves {max(0, room)} positions beside cache.window={options.window} "
+                f"and cache.sink={options.sink}"
+            )
+        if options.anchor_every and sizes.flight > sizes.chunk:
+            raise InputError(
+                "cache.anchor_every lets a chunk read its own earlier steps, for which it must be alone in flight: "
+                "use schedule.coupling=solo"
+            )
         self.anchors: tuple[Anchor, ...] = ()
         self.since = options.anchor_switch  # the newest switch, as asked for
-        self.capture: int | None = None  # the switch whose first chunk is the next to be committed
+        self.captures: tuple[int, ...] = ()  # switches whose first chunks are not yet committed
 
     @property
     def pages(self) -> int:
@@ -75,33 +95,42 @@ class AnchorPolicy(WindowPolicy):
         within = page is None or page < self.sink
         return page if within else page + (self.options.anchors + 1) * self.sizes.chunk
 
+    def _extra_frames(self) -> int:
+        return self.options.anchors * self.sizes.chunk
+
     def _anchor_pages(self, place: int) -> range:
         start = self.sink + place * self.sizes.chunk
         return range(start, start + self.sizes.chunk)
 
     # ------------------------------------------------------------------------------------------- reads
-    def _extra(self, first: int) -> Pages:
-        """Anchor frames that a call beginning at frame `first` reads, and their pages."""
+    def _extra(self, first: int, *seen: Sequence[int]) -> Pages:
+        """Anchor frames that a call beginning at frame `first` reads besides those it sees anyway, and their pages."""
         if not self.since + self.options.window - self.sink < first:
             return ()
         frames = [anchor.start + i for anchor in self.anchors for i in range(self.sizes.chunk)]
-        return list(zip(frames, (page for a in self.anchors for page in self._anchor_pages(a.place)), strict=True))
+        pages = [page for anchor in self.anchors for page in self._anchor_pages(anchor.place)]
+        twice = () if self.options.anchor_every else seen  # that loop lets them stand twice
+        return [(f, page) for f, page in zip(frames, pages, strict=True) if not any(f in part for part in twice)]
 
     def _group(self, own: list[int], part: tuple[int, int, int]) -> Group:
         sink, recent = self.visible(own[0], max(0, self.options.window - self.sink - part[2]))
-        return self._read(sink, recent, own, part, self._extra(own[0]))
+        return self._read(sink, recent, own, part, self._extra(own[0], sink, recent))
 
     def _recache_group(self, own: list[int]) -> Group:
         sink = [f for f in range(self.base, min(self.frames, self.base + self.sink)) if f < own[0]]
         begin = max(0, self.frames - self.options.window)
-        return self._read(sink, range(0), own, (0, len(own), len(own)), self._extra(begin))
+        return self._read(sink, range(0), own, (0, len(own), len(own)), self._extra(begin, sink, own))
 
     # ------------------------------------------------------------------------------------------- writes
     def _captures(self, first: int) -> bool:
         every = self.options.anchor_every
         if not self.options.anchors:
             return False
-        return self.capture is not None if every is None else first // self.sizes.chunk % every == 0
+        return bool(self._due(first)) if every is None else first // self.sizes.chunk % every == 0
+
+    def _due(self, first: int) -> tuple[int, ...]:
+        """Switches that have taken effect by frame `first`."""
+        return tuple(switch for switch in self.captures if switch <= first)
 
     def variant(self, row: Row) -> object:
         first = row.slots[0].chunk * self.sizes.chunk
@@ -142,20 +171,22 @@ class AnchorPolicy(WindowPolicy):
     def commit(self, frames: Sequence[int]) -> None:
         fresh = frames[-1] >= self.frames  # not a re-encoding
         if fresh and self._captures(frames[0]):
-            anchor = Anchor(frames[0], self._place(), self.since if self.capture is None else self.capture)
+            due = self._due(frames[0])
+            anchor = Anchor(frames[0], self._place(), due[-1] if due else self.since)
             self.anchors = (*(a for a in self.anchors if a.place != anchor.place), anchor)
-            self.capture = None
+            self.captures = self.captures[len(due) :]
         super().commit(frames)
 
     def switched(self, mode: str, requested: int) -> None:
         if self.options.anchor_every is None:
-            self.since = self.capture = requested
+            self.since = requested
+            self.captures += (requested,)
 
     def state_dict(self) -> dict:
         anchors = [(a.start, a.place, a.switch) for a in self.anchors]
-        return {**super().state_dict(), "anchors": anchors, "since": self.since, "capture": self.capture}
+        return {**super().state_dict(), "anchors": anchors, "since": self.since, "captures": self.captures}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.anchors = tuple(Anchor(*saved) for saved in state["anchors"])
-        self.since, self.capture = state["since"], state["capture"]
+        self.since, self.captures = state["since"], tuple(state["captures"])

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streamgen.cache.plan import Group, Merge, Plan, Record, Route
-from streamgen.cache.policies import Pages, Sizes, WindowOptions, WindowPolicy, register_policy
+from streamgen.cache.policies import (
+    Pages,
+    Sizes,
+    WindowOptions,
+    WindowPolicy,
+    needs_own_commits,
+    register_policy,
+)
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError
 from streamgen.schedules import Call, CallKind, Row
@@ -39,6 +46,7 @@ class BankOptions(WindowOptions):
 
     @classmethod
     def from_config(cls, config: StreamConfig) -> BankOptions:
+        needs_own_commits(config)
         bank = config.cache.bank
         own = dict(size=bank.size, interval=bank.interval, sparse=bank.sparse, kept=bank.kept, repeat=bank.repeat)
         return cls(**vars(WindowOptions.from_config(config)), **own)
@@ -46,12 +54,17 @@ class BankOptions(WindowOptions):
 
 @register_policy("bank", BankOptions)
 class BankPolicy(WindowPolicy):
-    """Sink, bank, recent frames. Pages: [sink | bank | the newest record | ring]."""
+    """Sink, bank, recent frames. Pages: [sink | bank | the newest record | ring].
 
-    extra_region, extra_fixed = "bank", True
+    With absolute positions a frame in the bank stays where it was written, as released: content chooses it, so no plan
+    knows its number. Other rules place it by its rank, from raw keys.
+    """
+
+    extra_region = "bank"
 
     def __init__(self, options: BankOptions, sizes: Sizes) -> None:
         super().__init__(options, sizes)
+        self.extra_fixed = options.positions == "absolute"
         self.records = 0  # made so far
 
     @property
@@ -62,6 +75,9 @@ class BankPolicy(WindowPolicy):
         page = super().page(frame)
         within = page is None or page < self.sink
         return page if within else page + self.options.size + 1
+
+    def _extra_frames(self) -> int:
+        return self.options.size
 
     # ------------------------------------------------------------------------------------------- reads
     def _extra(self) -> Pages:
@@ -95,7 +111,7 @@ class BankPolicy(WindowPolicy):
         staging = self.sink + self.options.size
         fresh = call.source == "flight" and self._records(frames[0].start)
         count = self.records + fresh
-        record = Record(0, staging, frames[0].start) if fresh else None
+        record = Record(0, staging, frames[0].start if self.extra_fixed else None) if fresh else None
         if not count or not (fresh or self.options.repeat):
             return replace(plan, record=record)
         place = count - 1 if count <= self.options.size else None

@@ -81,11 +81,11 @@ class Fold:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Keep the call's frame `index` in `page`, its keys rotated to `position` for good."""
+    """Keep the call's frame `index` in `page`, its keys rotated to `position` for good, or raw (None)."""
 
     index: int
     page: int
-    position: float
+    position: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +113,11 @@ class Plan:
     stages: tuple[Write, ...] = ()
     record: Record | None = None
     merge: Merge | None = None
+
+    @property
+    def publishes(self) -> bool:
+        """Whether a commit by this plan leaves anything behind."""
+        return bool(self.writes or self.record or self.merge)
 
     def signature(self) -> tuple:
         """Shapes alone: two plans with one signature can share a captured graph."""

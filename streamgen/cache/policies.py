@@ -63,6 +63,10 @@ class CachePolicy(Protocol):
         """What a plan depends on besides a row's frames: steps of a chunk with equal variants share one plan."""
         ...
 
+    def reach(self) -> int | None:
+        """Temporal positions that a query and its keys may span; None = they grow with an endless stream."""
+        ...
+
     def state_dict(self) -> dict: ...
     def load_state_dict(self, state: dict) -> None: ...
 
@@ -100,11 +104,21 @@ class WindowOptions:
             raise InputError(f"cache.capacity={self.capacity} is below cache.window={self.window}: keep what is read")
         if self.commit_reads not in ("same", "tail"):
             raise InputError(f"cache.commit_reads {self.commit_reads!r} is unknown: use same or tail")
+        if self.commit_reads == "tail" and not 0 < self.window <= (self.capacity or 0) - self.sink:
+            raise InputError(
+                f"cache.commit_reads=tail reads the last cache.window={self.window} frames in a row, beside a sink of "
+                f"{self.sink}, and cache.capacity is {self.capacity}: give a window, and a capacity of both together"
+            )
         if self.switch_sink not in ("keep", "replace"):
             raise InputError(f"switch.sink {self.switch_sink!r} is unknown: use keep or replace")
         if self.ema_decay is not None:
             self._check_ema()
         position_rule(self.positions)
+        if self.positions == "tri-region" and not 0 < self.window <= self.span:
+            raise InputError(
+                f"positions.rule=tri-region holds a window within positions.span={self.span}, and cache.window is "
+                f"{self.window}: give a window that fits, or another rule"
+            )
 
     def _check_ema(self) -> None:
         if not 0 < self.ema_decay < 1:
@@ -116,11 +130,40 @@ class WindowOptions:
 
     @classmethod
     def from_config(cls, config: StreamConfig) -> WindowOptions:
-        cache = config.cache
+        cache, commit = config.cache, config.schedule.commit
+        if cache.commit_reads == "tail" and commit != "separate":
+            raise InputError(
+                f"cache.commit_reads=tail is what commits of their own see, and schedule.commit={commit} has none: "
+                "use separate"
+            )
+        if commit == "fused" and cache.window != -1:
+            rule_for_parts(config, "schedule.commit=fused")
         return cls(
             cache.window, cache.sink, config.positions.rule, cache.capacity, cache.commit_reads, cache.ema_decay,
             cache.ema_precision, config.switch.sink, config.positions.span,
         )  # fmt: skip
+
+
+def rule_for_parts(config: StreamConfig, cause: str) -> None:
+    """Raises InputError where parts of one call that see more or less of a sliding window cannot agree on positions.
+
+    A page has one position in a call; ranks, and places before what is visible, differ from part to part.
+    """
+    if config.positions.rule != "absolute":
+        raise InputError(
+            f"{cause} lets parts of one call see different frames of a sliding window, which "
+            f"positions.rule={config.positions.rule} would place differently: use positions.rule=absolute, or another "
+            f"{cause.split('=')[0]}"
+        )
+
+
+def needs_own_commits(config: StreamConfig) -> None:
+    """Raises InputError for policies that keep what separate commits publish."""
+    if config.schedule.commit != "separate":
+        raise InputError(
+            f"cache.policy={config.cache.policy} keeps what commits of their own publish, and "
+            f"schedule.commit={config.schedule.commit} has none: use separate"
+        )
 
 
 @register_policy("window", WindowOptions)
@@ -254,10 +297,8 @@ class WindowPolicy:
         """Frames that these push out of the ring, into the sink in turn; done before anything is written."""
         if self.options.ema_decay is None or not published:
             return ()
-        leaving = range(
-            max(self.base + self.sink, self.frames - self.ring),
-            max(self.base + self.sink, published[-1] + 1 - self.ring),
-        )
+        first = max(self.base + self.sink, self.oldest)  # what was cut is gone
+        leaving = range(max(first, self.frames - self.ring), min(self.frames, published[-1] + 1 - self.ring))
         return tuple(
             Fold(self.page(f), (f - self.base) % self.sink, self.options.ema_decay, self.options.ema_precision)
             for f in leaving
@@ -269,6 +310,22 @@ class WindowPolicy:
     def variant(self, row: Row) -> object:
         return any(slot.publish for slot in row.slots)
 
+    def reach(self) -> int | None:
+        options, total = self.options, self.sizes.total
+        if options.positions == "tri-region":
+            return options.span
+        if options.window == -1 or (options.positions == "absolute" and self._lags()):
+            return total
+        return min(options.window, options.window if total is None else total) + self._extra_frames()
+
+    def _lags(self) -> bool:
+        """Whether something stays visible that the stream moves away from."""
+        return bool(self.sink or self._extra_frames())
+
+    def _extra_frames(self) -> int:
+        """Most frames that are read besides the window."""
+        return 0
+
     def switched(self, mode: str, requested: int) -> None:
         pass
 
@@ -277,9 +334,11 @@ class WindowPolicy:
             self.oldest = self.frames
         if mode != "recache" or not self.frames:
             return None
-        # the sink is re-encoded only while the whole stream fits the window; later it keeps its first prompt
+        # the sink is re-encoded only while the whole stream fits the window; later it keeps its first prompt, and what
+        # has been folded into it
         window = self.options.window
-        whole = self.oldest <= self.base and (window == -1 or self.frames - self.base <= window)
+        room = window if self.options.ema_decay is None else min(window, self.pages)
+        whole = self.oldest <= self.base and (window == -1 or self.frames - self.base <= room)
         if whole:
             first = self.base
         elif self.options.switch_sink == "replace":

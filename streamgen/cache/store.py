@@ -16,7 +16,7 @@ from streamgen.cache.plan import FLIGHT, Fold, Group, Merge, Plan, Record, Segme
 from streamgen.errors import InputError
 from streamgen.kernels.attention import attend
 from streamgen.kernels.rope import rotate
-from streamgen.models.blocks import TextKeys
+from streamgen.models.blocks import TextKeys, widen
 from streamgen.models.rope import RotaryEmbedding
 
 FIXED = ("fixed",)  # the rotated copy of a page is the page
@@ -54,7 +54,7 @@ class KVStore:
         self.values = torch.zeros_like(self.keys)
         self.rotated = torch.zeros_like(self.keys)
         self.angles: list[tuple | None] = [None] * pages  # (position, phase) each page is rotated to, or FIXED
-        self.sums: dict[tuple[str, int], Tensor] = {}  # float32 state of folded pages
+        self.sums: dict[tuple[str, int], Tensor] = {}  # of folded pages, in float32 at least
         self._forget_views()
 
     def _forget_views(self) -> None:
@@ -117,8 +117,8 @@ class KVStore:
         """Blend pages into pages; sums in float32 are kept beside the page they are rounded to."""
         for fold in folds:
             for name, tensor in (("keys", self.keys), ("values", self.values)):
-                target = self.sums.get((name, fold.target), tensor[:, :, fold.target].float())
-                target = torch.lerp(tensor[:, :, fold.source].float(), target, fold.decay)
+                target = self.sums.get((name, fold.target), widen(tensor[:, :, fold.target]))
+                target = torch.lerp(widen(tensor[:, :, fold.source]), target, fold.decay)
                 if fold.precision == "fp32":
                     self.sums[name, fold.target] = target
                 tensor[:, :, fold.target] = target
@@ -127,9 +127,11 @@ class KVStore:
     def _record(self, record: Record, rope: RotaryEmbedding) -> None:
         """A tentative page -> a page whose keys stay as they are rotated now."""
         g, source = self.geometry, self.pages + record.index
-        cos, sin = rope.angles([record.position], g.height, g.width, device=self.keys.device)
-        raw = self.keys[:, :, source]  # [layers, B, T, H, D]
-        self.keys[:, :, record.page] = rotate(raw.flatten(0, 1), cos, sin).view(raw.shape)
+        keys = self.keys[:, :, source]  # [layers, B, T, H, D]
+        if record.position is not None:
+            cos, sin = rope.angles([record.position], g.height, g.width, device=self.keys.device)
+            keys = rotate(keys.flatten(0, 1), cos, sin).view(keys.shape)
+        self.keys[:, :, record.page] = keys
         self.values[:, :, record.page] = self.values[:, :, source]
         self.angles[record.page] = None
 
@@ -181,7 +183,7 @@ class CacheContext:
 
     def __init__(self, store: KVStore, plan: Plan, rope: RotaryEmbedding) -> None:
         self.store, self.plan, self.rope = store, plan, rope
-        self.keep = bool(plan.writes or plan.stages)  # raw keys are needed only if they may be published
+        self.keep = plan.publishes or bool(plan.stages)  # raw keys are needed only if they may be published
         wanted: dict[int, tuple[float, float] | None] = {}
         for segment in _cached_segments(plan):
             for page, position in zip(segment.pages, segment.positions, strict=True):
@@ -193,13 +195,7 @@ class CacheContext:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.stage(layer, key, value)
-        outputs = [group.attend(layer, query, key) for group in self.groups]
-        if len(outputs) == 1:
-            return outputs[0]
-        order = [frame for group in self.plan.groups for frame in group.query_frames]
-        frames = torch.cat([o.unflatten(1, (-1, self.store.geometry.tokens_per_frame)) for o in outputs], 1)
-        back = torch.tensor(order, device=query.device).argsort()
-        return frames.index_select(1, back).flatten(1, 2)
+        return _in_order(self.plan, [group.attend(layer, query, key) for group in self.groups])
 
     def stage(self, layer: int, key: Tensor, value: Tensor) -> None:
         store = self.store
@@ -212,6 +208,17 @@ class CacheContext:
 
 def _cached_segments(plan: Plan) -> list[Segment]:
     return [segment for group in plan.groups for segment in group.segments if segment.region != FLIGHT]
+
+
+def _in_order(plan: Plan, outputs: list[Tensor]) -> Tensor:
+    """What the groups of a plan computed, [B, L, H, D] each, as frames of the call."""
+    if len(outputs) == 1:
+        return outputs[0]
+    order = [frame for group in plan.groups for frame in group.query_frames]
+    if order == sorted(order):
+        return torch.cat(outputs, 1)
+    frames = [part for o, g in zip(outputs, plan.groups, strict=True) for part in o.chunk(len(g.query_frames), 1)]
+    return torch.cat([frames[order.index(i)] for i in range(len(order))], 1)
 
 
 class _BoundGroup:
@@ -341,37 +348,53 @@ class GraphContext:
     """Self-attention of one forward over a `GraphStore`, differentiable."""
 
     def __init__(self, store: GraphStore, plan: Plan, rope: RotaryEmbedding) -> None:
-        g = store.geometry
-        self.plan, self.tokens = plan, g.tokens_per_frame
-        if len(plan.groups) != 1:
-            raise ValueError("training reads one group per call")
-        (group,) = plan.groups
-        self.queries = rope.angles(list(group.query_positions), g.height, g.width)
-        phases = [s.phase for s in group.segments for _ in s.pages]
-        self.keys = rope.angles(list(group.key_positions), g.height, g.width, phases if any(phases) else 0.0)
-        biases = [s.log_bias for s in group.segments for _ in s.pages]
-        self.bias = torch.tensor(biases).repeat_interleave(self.tokens)[None] if any(biases) else None
-        self.past = [
-            [layer[page] for s in _cached_segments(plan) for page in s.pages] for layer in store.layers
-        ]
-        self.versions = [[(k._version, v._version) for k, v in layer] for layer in self.past]
+        self.plan = plan
+        self.groups = [_GraphGroup(store, group, rope) for group in plan.groups]
+        self.versions = [self._versions(layer) for layer in range(store.geometry.layers)]
         self.staged: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def _versions(self, layer: int) -> list[tuple[int, int]]:
+        return [(k._version, v._version) for group in self.groups for k, v in group.past[layer]]
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self.versions[layer] != [(k._version, v._version) for k, v in self.past[layer]]:
+        if self.versions[layer] != self._versions(layer):
             raise RuntimeError(
                 "the cache changed in place between a forward and its recompute: gradients would be those of another "
                 "history; run backward before changing cached tensors"
             )
         self.stage(layer, key, value)
-        device = query.device
-        keys = torch.cat([*(k for k, _ in self.past[layer]), key], 1)
-        values = torch.cat([*(v for _, v in self.past[layer]), value], 1)
-        query = rotate(query, *(t.to(device) for t in self.queries))
-        keys = rotate(keys, *(t.to(device) for t in self.keys))
-        mask = None if self.bias is None else self.bias.to(query)
-        return attend(query, keys, values, mask=mask)
+        return _in_order(self.plan, [group.attend(layer, query, key, value) for group in self.groups])
 
     def stage(self, layer: int, key: Tensor, value: Tensor) -> None:
-        if self.plan.writes or self.plan.stages:
+        if self.plan.publishes or self.plan.stages:
             self.staged.setdefault(layer, (key, value))  # the first pass counts, not its recompute
+
+
+class _GraphGroup:
+    """One group of a plan over the tensors that were published when it was bound."""
+
+    def __init__(self, store: GraphStore, group: Group, rope: RotaryEmbedding) -> None:
+        g = store.geometry
+        self.group, self.tokens = group, g.tokens_per_frame
+        cached = [s for s in group.segments if s.region != FLIGHT]
+        flight = [s for s in group.segments if s.region == FLIGHT]
+        self.own = [i for s in flight for i in s.pages]
+        self.past = [[layer[page] for s in cached for page in s.pages] for layer in store.layers]
+        self.queries = rope.angles(list(group.query_positions), g.height, g.width)
+        positions = [p for s in (*cached, *flight) for p in s.positions]
+        phases = [s.phase for s in (*cached, *flight) for _ in s.pages]
+        self.keys = rope.angles(positions, g.height, g.width, phases if any(phases) else 0.0)
+        biases = [s.log_bias for s in (*cached, *flight) for _ in s.pages]
+        self.bias = torch.tensor(biases).repeat_interleave(self.tokens)[None] if any(biases) else None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (
+            x if list(frames) == list(range(x.shape[1] // self.tokens)) else _frames(x, frames, self.tokens)
+            for x, frames in ((query, self.group.query_frames), (key, self.own), (value, self.own))
+        )
+        keys = torch.cat([*(k for k, _ in self.past[layer]), key], 1)
+        values = torch.cat([*(v for _, v in self.past[layer]), value], 1)
+        query = rotate(query, *(t.to(query.device) for t in self.queries))
+        keys = rotate(keys, *(t.to(query.device) for t in self.keys))
+        mask = None if self.bias is None else self.bias.to(query)
+        return attend(query, keys, values, mask=mask)

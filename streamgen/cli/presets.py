@@ -1,13 +1,12 @@
-"""`streamgen presets`: the table of presets; `streamgen presets show NAME`: one of them, resolved, tick by tick."""
+"""`streamgen presets`: the table; `streamgen presets show NAME`: one of them, resolved, tick by tick; or a picture."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 import sys
-from collections import defaultdict
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -16,26 +15,56 @@ from streamgen.cli.parsing import Parser, check_overrides, whole
 from streamgen.config import StreamConfig, available, load_preset, preset_path
 from streamgen.errors import InputError
 
-HEADER = ("NAME", "SCHEDULE", "WINDOW", "SINK", "POSITIONS", "STEPS", "COMMIT", "PARITY", "PAPER")
+if TYPE_CHECKING:
+    from streamgen.engine import Engine
+    from streamgen.walk import PlannedCall
+
+HEADER = (
+    "NAME", "SCHEDULE", "REGIONS (FRAMES)", "POSITIONS", "TICKS TO FIRST", "FRAMES KEPT", "CALLS/CHUNK", "FRAMES/CHUNK",
+    "STEPS", "COMMIT", "PARITY", "PAPER",
+)  # fmt: skip
+TICKS = 12  # rows of a tick table
+CHUNKS = 8  # rows of a picture
+PICTURED = 200  # ticks in a picture, at most
 
 
 def parser(prog: str, description: str) -> Parser:
-    out = Parser(prog, description, usage=f"{prog} [show NAME [KEY=VALUE ...]] [--ticks N]")
+    out = Parser(
+        prog, description, usage=f"{prog} [show NAME [KEY=VALUE ...]] [--ticks N] [--switch FRAME] [--plot FILE]",
+        epilog="The table: ticks until the first chunk leaves; latent frames in memory; calls of every further chunk, "
+        "its commit too, and the frames in them.",
+    )  # fmt: skip
     out.add_argument("words", nargs="*", metavar="show NAME", help="nothing = the table of all presets")
-    out.add_argument("--ticks", type=whole(1), default=12, metavar="N", help="rows of the tick table (12)")
+    out.add_argument(
+        "--ticks", type=whole(1), metavar="N", help=f"ticks shown ({TICKS}; in a picture what {CHUNKS} chunks take)"
+    )
+    out.add_argument(
+        "--switch", type=whole(0), action="append", default=[], metavar="FRAME",
+        help="a new prompt from this latent frame on; may be given again",
+    )  # fmt: skip
+    out.add_argument("--plot", metavar="FILE", help="a picture instead: schedule, and what each chunk reads (.png)")
     return out
 
 
 def run(args: argparse.Namespace) -> int:
     if not args.words:
+        if args.plot or args.switch or args.ticks:
+            raise InputError("--ticks, --switch and --plot belong to one preset: use `presets show NAME`")
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         print(table(HEADER, map(_row, available("presets")), width))
         return 0
     action, *rest = args.words
     if action != "show" or not rest:
         raise InputError(f"cannot {' '.join(args.words)!r}: use `presets` or `presets show NAME`")
-    overrides = check_overrides(rest[1:], "settings are KEY=VALUE, e.g. cache.window=9")
-    _show(rest[0], overrides, args.ticks)
+    name, overrides = rest[0], check_overrides(rest[1:], "settings are KEY=VALUE, e.g. cache.window=9")
+    try:
+        config = load_preset(name, overrides)
+    except yaml.YAMLError as error:
+        raise InputError(f"override: a value is not YAML: {' '.join(str(error).split())}") from None
+    if args.plot:
+        _plot(name, overrides, config, args)
+    else:
+        _show(name, config, args)
     return 0
 
 
@@ -46,17 +75,44 @@ def paper(name: str) -> str:
     return line.removeprefix(f"{name}: ")
 
 
+# ---------------------------------------------------------------------------------------------- the table
 def _row(name: str) -> tuple:
+    from streamgen.engine import Engine
+    from streamgen.walk import cost
+
     config = load_preset(name)
-    window = "all" if config.cache.window == -1 else config.cache.window
+    engine = Engine(None, config)  # no weights: schedules know step counts alone
+    spent = cost(engine)
     commit = config.schedule.commit
     if commit != "none" and config.schedule.commit_level:
         commit = f"{commit}@{config.schedule.commit_level:g}"
-    steps = _steps(config.ladder.timesteps)
     return (
-        name, config.schedule.coupling, window, config.cache.sink, config.positions.rule, steps, commit,
+        name, _schedule(config), regions(engine), config.positions.rule, spent.first,
+        "all" if spent.kept is None else spent.kept, spent.calls, spent.frames, _steps(config.ladder.timesteps), commit,
         config.parity, paper(name),
     )  # fmt: skip
+
+
+def _schedule(config: StreamConfig) -> str:
+    """The coupling, and the ticks between two entries where chunks are in flight together."""
+    gap = config.schedule.stagger
+    return config.schedule.coupling if gap == "solo" else f"{config.schedule.coupling} +{str(gap).replace(' ', '')}"
+
+
+def regions(engine: Engine) -> str:
+    """What a call may read in steady state, in latent frames; of a policy from outside its name."""
+    config, cache = engine.config, engine.config.cache
+    if cache.policy not in ("window", "anchor", "bank"):
+        return f"{cache.policy}, flight {engine.flight_frames}"
+    parts = {"sink" if cache.ema_decay is None else "EMA sink": cache.sink}
+    if cache.policy == "anchor":
+        parts["anchors"] = cache.anchors * config.chunk.latent_frames
+    if cache.policy == "bank":
+        parts["bank"] = cache.bank.size
+    unbounded = cache.window == -1
+    parts["recent"] = "all" if unbounded else cache.window - cache.sink - engine.flight_frames
+    parts["flight"] = engine.flight_frames
+    return ", ".join(f"{name} {frames}" for name, frames in parts.items() if frames)
 
 
 def _steps(timesteps: list) -> str:
@@ -65,45 +121,77 @@ def _steps(timesteps: list) -> str:
     return "/".join(str(sum(1 for t in ladder if t)) for ladder in ladders)
 
 
-def _show(name: str, overrides: list[str], ticks: int) -> None:
+# ---------------------------------------------------------------------------------------------- one preset
+def _show(name: str, config: StreamConfig, args: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
 
     from streamgen.engine import Engine
 
-    try:
-        config = load_preset(name, overrides)
-    except yaml.YAMLError as error:
-        raise InputError(f"override: a value is not YAML: {' '.join(str(error).split())}") from None
-    engine = Engine(None, config)  # no weights: schedules know step counts alone
+    engine = Engine(None, config)
     print(f"# {name}: {paper(name)}")
     print(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    print(tick_table(islice(engine.schedule.ticks(engine.steps, None), ticks)))
-    print(_legend(config))
-
-
-def _legend(config: StreamConfig) -> str:
-    frames = config.chunk.latent_frames
-    return (
-        f"rows: ticks; columns: chunks of {frames} latent frames; a number: that step of the chunk's ladder is taken; "
-        "= held as context; * leaves; c its keys and values are committed"
+    print(tick_table(_walked(engine, args.ticks or TICKS, args.switch)))
+    print(
+        f"rows: ticks; columns: chunks of {config.chunk.latent_frames} latent frames; a number: that step of the "
+        "chunk's ladder is taken; = held as context; * leaves; c its keys and values are committed; r encoded again"
     )
 
 
-def tick_table(ticks: Iterable) -> str:
-    """A schedule as text: which chunk takes which step at which tick."""
+def _plot(name: str, overrides: list[str], config: StreamConfig, args: argparse.Namespace) -> None:
+    from streamgen.cli.plots import picture, save
+    from streamgen.engine import Engine
+    from streamgen.walk import cost
+
+    if args.ticks is not None and args.ticks > PICTURED:
+        raise InputError(f"--ticks {args.ticks} does not fit a picture: give {PICTURED} or fewer")
+    engine = Engine(None, config)
+    spent = cost(engine)
+    calls = f"{spent.calls} call{'s' if spent.calls != 1 else ''}"
+    kept = "every frame" if spent.kept is None else f"{spent.kept} frames"
+    notes = [
+        paper(name),
+        f"{regions(engine)} (latent frames) · first chunk after {spent.first} ticks · then {calls} over {spent.frames} "
+        f"frames per chunk · {kept} in memory",
+    ]
+    if overrides:
+        notes.insert(0, " ".join(overrides))
+    print(save(args.plot, picture(engine, _walked(engine, args.ticks, args.switch), name, notes)))
+
+
+def _walked(engine: Engine, ticks: int | None, switches: list[int]) -> Iterator[PlannedCall]:
+    """The calls of so many ticks; None = until `CHUNKS` chunks have left. The stream goes on behind them."""
+    from streamgen.walk import walk
+
+    last, flight = ticks, engine.flight_frames // engine.config.chunk.latent_frames
+    for call in walk(engine, (ticks or CHUNKS) + flight, switches):
+        if last is not None and call.tick >= last:
+            return
+        yield call
+        if last is None and any(chunk >= CHUNKS - 1 for chunk in call.emits):
+            last = call.tick + 1  # with what is committed at its end
+
+
+def tick_table(calls: Iterable[PlannedCall]) -> str:
+    """A walk as text: which chunk takes which step at which tick."""
+    rows: list[tuple[str, dict[int, str]]] = []
+    for call in calls:
+        past = call.call.source == "past"
+        label = "switch" if past else str(call.tick)
+        if not rows or rows[-1][0] != label:
+            rows.append((label, {}))
+        for chunk, mark in _marks(call):
+            rows[-1][1][chunk] = rows[-1][1].get(chunk, "") + mark
+    chunks = sorted({chunk for _, cells in rows for chunk in cells})
+    return table(("TICK", *map(str, chunks)), [(label, *(cells.get(k, ".") for k in chunks)) for label, cells in rows])
+
+
+def _marks(call: PlannedCall) -> Iterator[tuple[int, str]]:
+    """What a call does to its chunks."""
     from streamgen.schedules import SlotOp
 
-    rows: list[tuple[int, dict[int, str]]] = []
-    for tick in ticks:
-        cells: dict[int, str] = defaultdict(str)
-        for call in tick.calls:
-            for slot in (slot for row in call.rows for slot in row.slots):
-                mark = {SlotOp.STEP: str(slot.p_in), SlotOp.HOLD: "=", SlotOp.CLEAN: "c"}[slot.op]
-                cells[slot.chunk] += mark if mark not in cells[slot.chunk] else ""
-        for chunk in tick.emits:
-            cells[chunk] += "*"
-        for chunk in {slot.chunk for call in tick.commits for row in call.rows for slot in row.slots}:
-            cells[chunk] += "c"
-        rows.append((tick.index, cells))
-    chunks = sorted({chunk for _, cells in rows for chunk in cells})
-    return table(("TICK", *map(str, chunks)), [(index, *(cells.get(k, ".") for k in chunks)) for index, cells in rows])
+    if call.call.source == "past":
+        yield from ((slot.chunk, "r") for slot in call.row.slots)
+        return
+    for slot in call.row.slots:
+        mark = {SlotOp.STEP: str(slot.p_in), SlotOp.HOLD: "=", SlotOp.CLEAN: ""}[slot.op]
+        yield slot.chunk, mark + "*" * (slot.chunk in call.emits) + "c" * (slot.chunk in call.committed)

@@ -522,13 +522,18 @@ def test_fingerprint_tells_weights_apart(tiny, model):
 
 def held(rollout) -> tuple[int, ...]:
     """Everything of a roll-out that could grow."""
-    lists = (rollout.flight, rollout.pending, rollout.past, rollout._plans, rollout.engine.records)
+    lists = (
+        rollout.flight, rollout.pending, rollout.owed, rollout.ready, rollout.past, rollout._plans, rollout._due,
+        rollout.engine.records, rollout.store.sums,
+    )  # fmt: skip
     return (rollout.store.nbytes, *map(len, lists), *(f.x.untyped_storage().nbytes() for f in rollout.past))
 
 
 def endless(tiny, chunks: int, *overrides: str) -> SimpleNamespace:
     """A stub streams `chunks` chunks; what it held after each of the last, and the signatures of its plans."""
     model = tiny.stub()
+    # chunks that share a call come joined along time; the stub's tokens are its channels, side by side in memory
+    model.register_forward_pre_hook(lambda _, args: (args[0].movedim(1, -1).contiguous().movedim(-1, 1), args[1]))
     config = tiny.config("ladder.timesteps=[1000]", "cache.window=12", "cache.sink=3", *overrides)
     rollout = Engine(model, config).start(torch.zeros(1, 1, 1), SeededNoise(0), latent_size=(1, 1))
     bind, seen = rollout.store.bind, {}
@@ -549,7 +554,16 @@ def endless(tiny, chunks: int, *overrides: str) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("positions.rule=packed",), ("cache.window=3", "cache.sink=0"), ("schedule.commit=none",)]
+    "overrides",
+    [
+        (),
+        ("positions.rule=packed",),
+        ("cache.window=3", "cache.sink=0"),
+        ("schedule.commit=none",),
+        ("schedule.commit=fused",),
+        ("cache.ema_decay=0.9",),
+        ("schedule.coupling=joint", "schedule.stagger=1", "ladder.timesteps=[1000,500]", "positions.rule=before"),
+    ],
 )
 def test_i15_a_long_stream_holds_no_more_than_a_short_one(tiny, overrides):
     stream = endless(tiny, 500, *overrides)

@@ -22,6 +22,7 @@ PRESETS = {
     "longlive_prompt_switch": ["longlive"],
     "diagonal_distill": ["diagonal"],
     "anchor_forcing_switch": ["anchor-forcing"],
+    "memflow_bank": ["memflow"],
 }
 SHAPE = (
     "patch_size", "text_len", "in_dim", "dim", "ffn_dim", "freq_dim", "text_dim", "out_dim", "num_heads", "num_layers",
@@ -69,6 +70,8 @@ def test_latents_and_what_every_call_saw_match_the_published_loop(name):
         wanted = [(f + i, p + i) for f, p, n in runs if p is not None for i in range(n)]
         blended = sum(n for _, p, n in runs if p is None)
         read = list(zip(call.key_frames[0], call.key_positions[0]))
+        if -1 in call.key_frames[0]:  # frames that each layer's content chose
+            continue
         assert sorted(read[blended:] if blended else read) == sorted(wanted), call
     torch.testing.assert_close(latents, case.latents, atol=ATOL, rtol=0)
 

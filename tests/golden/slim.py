@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 NAMES = (
     "self_forcing_full", "self_forcing_window9_sink3", "rolling_forcing_long", "reward_forcing_ema_sink_alpha09",
-    "longlive_prompt_switch", "diagonal_distill", "anchor_forcing_switch",
+    "longlive_prompt_switch", "diagonal_distill", "anchor_forcing_switch", "memflow_bank",
 )  # fmt: skip
 WEIGHTS = "self_forcing_weights"
 KEPT = {f"io.{key}" for key in ("noise", "renoise", "context", "context_1", "latents", "timesteps", "first_velocity")}

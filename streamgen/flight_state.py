@@ -1,0 +1,96 @@
+"""A stream as plain Python and tensors, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from streamgen.flight import Flight, LatentChunk, Text
+from streamgen.schedules import clean_call
+
+if TYPE_CHECKING:
+    from streamgen.engine import Engine
+    from streamgen.rollout import Rollout
+
+
+def save(rollout: Rollout) -> dict:
+    """See `Rollout.state_dict`."""
+    texts: dict[int, Text] = {id(text): text for text in _texts(rollout)}
+    order, keys = list(texts), [id(text.keys) for text in texts.values()]
+    told = lambda flight: {**_saved(flight), "text": order.index(id(flight.text))}
+    return {
+        "next_chunk": rollout.next_chunk,
+        "next_entry": rollout.next_entry,
+        "next_tick": rollout.next_tick,
+        "policy": rollout.policy.state_dict(),
+        "stores": [store.state_dict() for store in rollout.stores],
+        "texts": [
+            {
+                "embeds": text.embeds, "image": text.image, "epoch": text.epoch, "scale": text.scale,
+                "keys": keys.index(id(text.keys)),  # the first text that has these
+            }
+            for text in texts.values()
+        ],
+        "switches": list(rollout.switches),
+        "text": order.index(id(rollout.text)),
+        "flight": {chunk: told(flight) for chunk, flight in rollout.flight.items()},
+        "owed": {chunk: told(flight) for chunk, flight in rollout.owed.items()},
+        "past": [_saved(flight) for flight in rollout.past],
+        "pending": [(tick, told(flight)) for tick, _, flight in rollout.pending],
+        "ready": [asdict(chunk) for chunk in rollout.ready],
+        "channels": rollout.channels.state_dict() if rollout.channels is not None else None,
+    }  # fmt: skip
+
+
+def restore(rollout: Rollout, state: dict) -> None:
+    """See `Rollout.load_state_dict`."""
+    engine = rollout.engine
+    rollout.next_chunk, rollout.next_entry = state["next_chunk"], state["next_entry"]
+    rollout.next_tick = state["next_tick"]
+    rollout.policy.load_state_dict(state["policy"])
+    for store, saved in zip(rollout.stores, state["stores"], strict=True):
+        store.load_state_dict(saved)
+    texts: list[Text] = []
+    for saved in state["texts"]:
+        texts.append(_text(engine, saved, texts))
+    told = lambda saved: _flight(engine, saved, texts[saved["text"]])
+    rollout.switches = [(frame, embeds) for frame, embeds in state["switches"]]
+    rollout.text = texts[state["text"]]
+    rollout.flight = {chunk: told(saved) for chunk, saved in state["flight"].items()}
+    rollout.owed = {chunk: told(saved) for chunk, saved in state["owed"].items()}
+    rollout.past = [_flight(engine, saved, rollout.text) for saved in state["past"]]
+    rollout.ready = [LatentChunk(**saved) for saved in state["ready"]]
+    rollout.pending = []
+    for tick, saved in state["pending"]:
+        flight = told(saved)
+        chunk = flight.frames.start // engine.config.chunk.latent_frames
+        rollout.pending.append((tick, clean_call((chunk,), engine.steps), flight))
+    if rollout.channels is not None:
+        rollout.channels.load_state_dict(state["channels"])
+
+
+def _texts(rollout: Rollout) -> Iterator[Text]:
+    """Every text that a later call may read."""
+    yield rollout.text
+    for flight in (*rollout.flight.values(), *rollout.owed.values(), *(flight for _, _, flight in rollout.pending)):
+        yield flight.text
+
+
+def _text(engine: Engine, saved: dict, before: list[Text]) -> Text:
+    """A text of a state; `before`: those that came before it, whose keys it may share."""
+    if saved["keys"] < len(before):
+        return replace(before[saved["keys"]], epoch=saved["epoch"], scale=saved["scale"])
+    image = None if saved["image"] is None else saved["image"].to(engine.device)
+    text = engine.keyed(saved["embeds"].to(engine.device), saved["epoch"], image)
+    return replace(text, scale=saved["scale"])
+
+
+def _saved(flight: Flight) -> dict:
+    frames = (flight.frames.start, flight.frames.stop)
+    return {"x": flight.x, "frames": frames, "channels": flight.channels, "p": flight.p}
+
+
+def _flight(engine: Engine, saved: dict, text: Text) -> Flight:
+    channels = None if saved["channels"] is None else saved["channels"].to(engine.device)
+    return Flight(saved["x"].to(engine.device), range(*saved["frames"]), text, saved["p"], channels)
