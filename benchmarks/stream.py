@@ -57,7 +57,8 @@ def steady(pipe, prompt: str, frames: int, options: dict) -> dict:
 
     stages: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder, pipe.stream(prompt, seed=0, **options) as stream:
-        timed = stream.engine.transformer = Timed(stream.engine.transformer)
+        timed = Timed(stream.engine.transformer)
+        stream.engine.experts = (timed,)
         with open_sink(Path(folder) / "clip.mp4", fps=REAL_TIME) as sink:
             for _ in range(9):  # until the window is full: warm-up, not counted
                 sink.write(stream.next().frames)

@@ -73,6 +73,7 @@ class Rollout:
     ) -> None:
         """Arguments as in `Engine.start`, which makes these."""
         self.engine, self.noise, self.channels = engine, noise, channels
+        self.device, self.dtype = engine.device, engine.dtype  # asked once: diffusers walks all modules for them
         self.batch = batch or prompt_embeds.shape[0]
         self.latent_size = latent_size
         self.num_latent_frames = num_latent_frames
@@ -177,7 +178,7 @@ class Rollout:
         if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
             return GraphStore(geometry)
         most = max(self.flight_frames, self._recache_frames())
-        return KVStore(geometry, self.policy.pages, most, self.engine.dtype, self.engine.device)
+        return KVStore(geometry, self.policy.pages, most, self.dtype, self.device)
 
     def _recache_frames(self) -> int:
         return recache_frames(self.engine.config, self.num_latent_frames)
@@ -261,7 +262,7 @@ class Rollout:
         channels = config.out_channels or config.in_channels
         shape = (self.batch, channels, *self.latent_size)
         drawn = self.noise.frames(purpose, frames, step, shape)
-        return drawn.to(self.engine.device, torch.promote_types(torch.float32, self.engine.dtype))
+        return drawn.to(self.device, torch.promote_types(torch.float32, self.dtype))
 
     def _emit(self, tick: Tick) -> None:
         done = {index: self.flight.pop(index) for index in tick.emits}
@@ -376,7 +377,7 @@ class Rollout:
             x = torch.cat([x, channels.to(x).expand(x.shape[0], -1, -1, -1, -1)], 1)
         if self.engine.branches == 2:
             x = torch.cat([x, x])
-        x = x.to(self.engine.dtype)
+        x = x.to(self.dtype)
         more = {} if prompt_index is None else {"prompt_index": prompt_index}
         more.update(text_keys=text.keys[expert], context=context, return_dict=False, commit_only=commit_only)
         out = self.engine.experts[expert](x, timestep, **more)
@@ -442,14 +443,14 @@ class Rollout:
         order = list(different)
         which = [order.index(id(text.keys)) for text, part in zip(texts, frames, strict=True) for _ in part]
         rows = self.batch * self.engine.branches
-        return replace(texts[0], keys=keys), torch.tensor(which, device=self.engine.device).expand(rows, -1)
+        return replace(texts[0], keys=keys), torch.tensor(which, device=self.device).expand(rows, -1)
 
     def _scale(self, texts: list[Text], frames: tuple[range, ...]) -> float | Tensor:
         """Guidance of a call: one number, or that of each frame, [F, 1, 1]."""
         if len({text.scale for text in texts}) == 1:
             return texts[0].scale
         scales = [text.scale for text, part in zip(texts, frames, strict=True) for _ in part]
-        return torch.tensor(scales, device=self.engine.device)[:, None, None]
+        return torch.tensor(scales, device=self.device)[:, None, None]
 
     def _commit_text(self, text: Text) -> Text:
         """What a finished chunk is told as it is published."""
@@ -478,9 +479,9 @@ class Rollout:
     def _timestep(self, levels: list[float], frames: tuple[range, ...]) -> Tensor:
         """[1, F], or [1, 1] where all frames share one level (the transformer's fastest form)."""
         if len(set(levels)) == 1:
-            return torch.full((1, 1), levels[0], device=self.engine.device)
+            return torch.full((1, 1), levels[0], device=self.device)
         per_frame = [level for level, part in zip(levels, frames, strict=True) for _ in part]
-        return torch.tensor([per_frame], device=self.engine.device)
+        return torch.tensor([per_frame], device=self.device)
 
     def _clean(
         self, tick: int, call: Call, row: Row, x: Tensor, channels: Tensor | None, frames: list[range], text: Text
