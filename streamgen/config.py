@@ -109,9 +109,14 @@ class LadderConfig:
     sigma: str = "exact"
     solver: str = "renoise"
 
-    def __post_init__(self) -> None:
+    @property
+    def lists(self) -> list:
+        """A step list per chunk, the last one repeats."""
         nested = any(isinstance(item, (list, tuple)) for item in self.timesteps)
-        for steps in self.timesteps if nested else [self.timesteps]:
+        return self.timesteps if nested else [self.timesteps]
+
+    def __post_init__(self) -> None:
+        for steps in self.lists:
             if isinstance(steps, str) or not all(isinstance(t, (int, float)) for t in steps):
                 raise InputError(f"ladder.timesteps {self.timesteps} is no list of numbers, nor one of such lists")
 

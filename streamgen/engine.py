@@ -42,9 +42,7 @@ class Engine:
         if len(self.experts) > 1 and config.experts.boundary is None:
             raise InputError("two transformers need experts.boundary, the timestep below which the second one works")
         schedule, options = SCHEDULES.get(config.schedule.coupling)
-        gaps = config.schedule.stagger
-        gaps = tuple(gaps) if isinstance(gaps, (list, tuple)) else gaps
-        self.schedule = schedule(options(stagger=gaps, commit=config.schedule.commit))
+        self.schedule = schedule(options(stagger=config.schedule.stagger, commit=config.schedule.commit))
         self.ladders = self._build_ladders()
         self.records: list[CallRecord] = []
         self.tracing = False
@@ -55,10 +53,9 @@ class Engine:
 
     def _build_ladders(self) -> list[Ladder]:
         ladder = self.config.ladder
-        nested = bool(ladder.timesteps) and isinstance(ladder.timesteps[0], (list, tuple))
         return [
             build_ladder(steps, shift=ladder.shift, warp=ladder.warp, sigma=ladder.sigma, solver=ladder.solver)
-            for steps in (ladder.timesteps if nested else [ladder.timesteps])
+            for steps in ladder.lists
         ]
 
     @property

@@ -392,7 +392,7 @@ class Rollout:
     def _denoise(self, tick: int, call: Call) -> None:
         begin = time.perf_counter()
         (row,) = call.rows
-        row = replace(row, slots=tuple(s for s in row.slots if s.op is not SlotOp.CLEAN or s.chunk in self.owed))
+        row = row.carrying(self.owed)
         flights = [self._flight(slot) for slot in row.slots]
         frames = tuple(f.frames for f in flights)
         levels = [self._level(slot) for slot in row.slots]
@@ -414,7 +414,7 @@ class Rollout:
                 fresh = partial(self._noise, "renoise", flight.frames, slot.p_in)
                 x = self.engine.ladder_of(slot.chunk).step(flight.x, part, slot.p_in, fresh)
                 moved.append((flight, x, slot.p_out))
-        published = [f for slot, part in zip(row.slots, frames, strict=True) if slot.publish for f in part]
+        published = row.published(frames)
         self.stores[expert].stage(plan, context)
         if published:
             self._publish([(self.stores[expert], plan, context, text.keys[expert])], published)

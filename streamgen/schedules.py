@@ -6,8 +6,8 @@ The engine executes what it yields; nothing else decides what runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import count, islice
 from typing import Any, Protocol
@@ -77,6 +77,14 @@ class Row:
     lane: Lane = Lane()
     causal: bool = False
 
+    def published(self, frames: Sequence[range]) -> list[int]:
+        """Frames whose keys and values this row makes visible; `frames` are each slot's."""
+        return [frame for slot, part in zip(self.slots, frames, strict=True) if slot.publish for frame in part]
+
+    def carrying(self, owed: Container[int]) -> Row:
+        """The row without finished chunks that were published meanwhile and are no longer owed."""
+        return replace(self, slots=tuple(s for s in self.slots if s.op is not SlotOp.CLEAN or s.chunk in owed))
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -143,11 +151,16 @@ class ScheduleOptions:
     def __post_init__(self) -> None:
         if self.commit not in COMMITS:
             raise InputError(f"schedule.commit {self.commit!r} is unknown: use {', '.join(COMMITS)}")
-        gaps = self.stagger if isinstance(self.stagger, (list, tuple)) else [self.stagger]
+        gaps = self.gaps
         if self.stagger != "solo" and not (gaps and all(type(gap) is int and gap >= 0 for gap in gaps)):
             raise InputError(
                 f"schedule.stagger {self.stagger!r} is unknown: use solo, a number of ticks, or a list of such numbers"
             )
+
+    @property
+    def gaps(self) -> tuple:
+        """As listed; the last repeats."""
+        return tuple(self.stagger) if isinstance(self.stagger, (list, tuple)) else (self.stagger,)
 
 
 class Staggered:
@@ -161,19 +174,14 @@ class Staggered:
         raise NotImplementedError
 
     @property
-    def gaps(self) -> tuple:
-        """Gaps as listed; the last repeats."""
-        stagger = self.options.stagger
-        return tuple(stagger) if isinstance(stagger, (list, tuple)) else (stagger,)
-
-    @property
     def bursts(self) -> bool:
         """Whether all later chunks enter at once, which only a finite stream can do."""
-        return self.gaps[-1] == 0
+        return self.options.gaps[-1] == 0
 
     def gap(self, chunk: int, steps: Steps) -> int:
         """Ticks between the entries of this chunk and the next."""
-        gap = self.gaps[min(chunk, len(self.gaps) - 1)]
+        gaps = self.options.gaps
+        gap = gaps[min(chunk, len(gaps) - 1)]
         return steps(chunk) if gap == "solo" else gap
 
     def entries(self, steps: Steps) -> Iterator[tuple[int, int]]:
@@ -230,7 +238,7 @@ class Staggered:
         )
 
     def in_flight(self, steps: Steps, chunks: int | None = None) -> int:
-        listed = len(self.gaps)
+        listed = len(self.options.gaps)
         if chunks is None or not self.bursts:  # a burst of unknown size: its first chunk stands for it
             seen = listed if self.bursts else listed + HORIZON
             chunks = seen if chunks is None else min(seen, chunks)

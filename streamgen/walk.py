@@ -9,13 +9,13 @@ It does what `Rollout` does between two forwards, and nothing else; tests hold i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from streamgen.cache.plan import Plan
 from streamgen.engine import Engine
 from streamgen.errors import InputError
 from streamgen.rollout import build_policy
-from streamgen.schedules import HORIZON, Call, OpKind, Row, SlotOp, clean_call
+from streamgen.schedules import HORIZON, Call, OpKind, Row, clean_call
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +86,9 @@ def walk(engine: Engine, chunks: int | None = None, switches: Sequence[int] = ()
                 owed, due = (), due[len(asked) :]
         for call in tick.calls:
             (row,) = call.rows
-            row = replace(row, slots=tuple(s for s in row.slots if s.op is not SlotOp.CLEAN or s.chunk in owed))
+            row = row.carrying(owed)
             plan = policy.plan(call, row, parts(row))
-            published = [f for slot, part in zip(row.slots, parts(row), strict=True) if slot.publish for f in part]
+            published = row.published(parts(row))
             if published:
                 policy.commit(published)
             yield PlannedCall(tick.index, call, row, parts(row), plan, tick.emits if call is tick.calls[-1] else ())

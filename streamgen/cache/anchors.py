@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from streamgen.cache.plan import Group, Plan, Write
+from streamgen.cache.plan import Plan, Write
 from streamgen.cache.policies import (
     Pages,
     Sizes,
@@ -87,13 +87,8 @@ class AnchorPolicy(WindowPolicy):
         self.captures: tuple[int, ...] = ()  # switches whose first chunks are not yet committed
 
     @property
-    def pages(self) -> int:
-        return super().pages + (self.options.anchors + 1) * self.sizes.chunk
-
-    def page(self, frame: int) -> int | None:
-        page = super().page(frame)
-        within = page is None or page < self.sink
-        return page if within else page + (self.options.anchors + 1) * self.sizes.chunk
+    def reserved(self) -> int:
+        return (self.options.anchors + 1) * self.sizes.chunk
 
     def _extra_frames(self) -> int:
         return self.options.anchors * self.sizes.chunk
@@ -104,22 +99,13 @@ class AnchorPolicy(WindowPolicy):
 
     # ------------------------------------------------------------------------------------------- reads
     def _extra(self, first: int, *seen: Sequence[int]) -> Pages:
-        """Anchor frames that a call beginning at frame `first` reads besides those it sees anyway, and their pages."""
+        """Anchor frames and their pages."""
         if not self.since + self.options.window - self.sink < first:
             return ()
         frames = [anchor.start + i for anchor in self.anchors for i in range(self.sizes.chunk)]
         pages = [page for anchor in self.anchors for page in self._anchor_pages(anchor.place)]
         twice = () if self.options.anchor_every else seen  # that loop lets them stand twice
         return [(f, page) for f, page in zip(frames, pages, strict=True) if not any(f in part for part in twice)]
-
-    def _group(self, own: list[int], part: tuple[int, int, int]) -> Group:
-        sink, recent = self.visible(own[0], max(0, self.options.window - self.sink - part[2]))
-        return self._read(sink, recent, own, part, self._extra(own[0], sink, recent))
-
-    def _recache_group(self, own: list[int]) -> Group:
-        sink = [f for f in range(self.base, min(self.frames, self.base + self.sink)) if f < own[0]]
-        begin = max(0, self.frames - self.options.window)
-        return self._read(sink, range(0), own, (0, len(own), len(own)), self._extra(begin, sink, own))
 
     # ------------------------------------------------------------------------------------------- writes
     def _captures(self, first: int) -> bool:

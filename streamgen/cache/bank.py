@@ -68,31 +68,24 @@ class BankPolicy(WindowPolicy):
         self.records = 0  # made so far
 
     @property
-    def pages(self) -> int:
-        return super().pages + self.options.size + 1
-
-    def page(self, frame: int) -> int | None:
-        page = super().page(frame)
-        within = page is None or page < self.sink
-        return page if within else page + self.options.size + 1
+    def reserved(self) -> int:
+        return self.options.size + 1
 
     def _extra_frames(self) -> int:
         return self.options.size
 
     # ------------------------------------------------------------------------------------------- reads
-    def _extra(self) -> Pages:
+    def _extra(self, first: int, *seen: Sequence[int]) -> Pages:
         """What the bank holds; -1 for frames that content chose."""
         held, step = min(self.records, self.options.size), self.options.interval * self.sizes.chunk
         known = self.records <= self.options.size
         return [(i * step if known else -1, self.sink + i) for i in range(held)]
 
     def _group(self, own: list[int], part: tuple[int, int, int]) -> Group:
-        sink, recent = self.visible(own[0], max(0, self.options.window - self.sink - part[2]))
-        return self._routed(self._read(sink, recent, own, part, self._extra()))
+        return self._routed(super()._group(own, part))
 
     def _recache_group(self, own: list[int]) -> Group:
-        sink = [f for f in range(self.base, min(self.frames, self.base + self.sink)) if f < own[0]]
-        return self._routed(self._read(sink, range(0), own, (0, len(own), len(own)), self._extra()))
+        return self._routed(super()._recache_group(own))
 
     def _routed(self, group: Group) -> Group:
         choices = sum(len(s.pages) for s in group.segments if s.region in ("sink", self.extra_region))

@@ -198,15 +198,20 @@ class WindowPolicy:
         self.oldest = 0  # nothing before this frame is read, the sink apart
 
     @property
+    def reserved(self) -> int:
+        """Pages between sink and ring that a policy with a region of its own fills."""
+        return 0
+
+    @property
     def pages(self) -> int:
-        return self.sink + self.ring
+        return self.sink + self.reserved + self.ring
 
     def page(self, frame: int) -> int | None:
         """Where a frame lies; None if it has no place (a window without recent frames)."""
         offset = frame - self.base
         if offset < self.sink:
             return offset
-        return self.sink + (offset - self.sink) % self.ring if self.ring else None
+        return self.sink + self.reserved + (offset - self.sink) % self.ring if self.ring else None
 
     # ------------------------------------------------------------------------------------------- reads
     def visible(self, end: int, room: int) -> tuple[range, range]:
@@ -228,7 +233,7 @@ class WindowPolicy:
             groups = (self._group(own, (0, len(own), len(own))),)
         published, folds = own, ()
         if call.source == "flight":
-            published = [frame for slot, part in zip(row.slots, frames, strict=True) if slot.publish for frame in part]
+            published = row.published(frames)
             folds = self._folds(published)
         return Plan(groups, self._writes(own, published), folds)
 
@@ -252,7 +257,11 @@ class WindowPolicy:
         window = self.options.window
         room = self.ring if window == -1 else window - self.sink - end
         sink, recent = self.visible(own[0], max(0, room))
-        return self._read(sink, recent, own, part)
+        return self._read(sink, recent, own, part, self._extra(own[0], sink, recent))
+
+    def _extra(self, first: int, *seen: Sequence[int]) -> Pages:
+        """What a call beginning at frame `first` reads of a region of its own, besides what it sees anyway."""
+        return ()
 
     def _tail_group(self, own: list[int]) -> Group:
         """The last frames in a row, at their own numbers."""
@@ -264,7 +273,8 @@ class WindowPolicy:
     def _recache_group(self, own: list[int]) -> Group:
         """Re-encoded frames see each other and the sink before them."""
         sink = [f for f in range(self.base, min(self.frames, self.base + self.sink)) if f < own[0]]
-        return self._read(sink, range(0), own, (0, len(own), len(own)))
+        extra = self._extra(max(0, self.frames - self.options.window), sink, own)
+        return self._read(sink, range(0), own, (0, len(own), len(own)), extra)
 
     def _read(
         self, sink, recent, own: list[int], part: tuple[int, int, int], extra: Pages = (), rule=None
@@ -316,7 +326,7 @@ class WindowPolicy:
             return options.span
         if options.window == -1 or (options.positions == "absolute" and self._lags()):
             return total
-        return min(options.window, options.window if total is None else total) + self._extra_frames()
+        return min(options.window, total or options.window) + self._extra_frames()
 
     def _lags(self) -> bool:
         """Whether something stays visible that the stream moves away from."""

@@ -17,6 +17,7 @@ from streamgen.errors import InputError
 from streamgen.kernels.attention import attend
 from streamgen.kernels.rope import rotate
 from streamgen.models.blocks import TextKeys, widen
+from streamgen.models.context import in_order, take_frames
 from streamgen.models.rope import RotaryEmbedding
 
 FIXED = ("fixed",)  # the rotated copy of a page is the page
@@ -195,7 +196,8 @@ class CacheContext:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.stage(layer, key, value)
-        return _in_order(self.plan, [group.attend(layer, query, key) for group in self.groups])
+        outputs = [group.attend(layer, query, key) for group in self.groups]
+        return in_order(outputs, [group.query_frames for group in self.plan.groups])
 
     def stage(self, layer: int, key: Tensor, value: Tensor) -> None:
         store = self.store
@@ -208,17 +210,6 @@ class CacheContext:
 
 def _cached_segments(plan: Plan) -> list[Segment]:
     return [segment for group in plan.groups for segment in group.segments if segment.region != FLIGHT]
-
-
-def _in_order(plan: Plan, outputs: list[Tensor]) -> Tensor:
-    """What the groups of a plan computed, [B, L, H, D] each, as frames of the call."""
-    if len(outputs) == 1:
-        return outputs[0]
-    order = [frame for group in plan.groups for frame in group.query_frames]
-    if order == sorted(order):
-        return torch.cat(outputs, 1)
-    frames = [part for o, g in zip(outputs, plan.groups, strict=True) for part in o.chunk(len(g.query_frames), 1)]
-    return torch.cat([frames[order.index(i)] for i in range(len(order))], 1)
 
 
 class _BoundGroup:
@@ -258,8 +249,8 @@ class _BoundGroup:
         """Queries and keys of the whole call, raw; values are staged already."""
         store, tokens = self.store, self.store.geometry.tokens_per_frame
         if not (self.whole and query.shape[1] == len(self.group.query_frames) * tokens):
-            query = _frames(query, self.group.query_frames, tokens)
-        own = key if self.own_first and key.shape[1] == len(self.own) * tokens else _frames(key, self.own, tokens)
+            query = take_frames(query, self.group.query_frames, tokens)
+        own = key if self.own_first and key.shape[1] == len(self.own) * tokens else take_frames(key, self.own, tokens)
         query = rotate(query, self.cos, self.sin)
         own = rotate(own, *((self.cos, self.sin) if self.same else (self.key_cos, self.key_sin)))
         rotated = store.layer_rotated[layer]
@@ -291,11 +282,6 @@ class _BoundGroup:
 
 def _contiguous(items: Sequence[int]) -> bool:
     return bool(items) and list(items) == list(range(items[0], items[0] + len(items)))
-
-
-def _frames(x: Tensor, frames: Sequence[int], tokens: int) -> Tensor:
-    index = torch.tensor(list(frames), device=x.device)
-    return x.unflatten(1, (-1, tokens)).index_select(1, index).flatten(1, 2)
 
 
 def _token_bias(group: Group, store: KVStore, ordered: list[int], device) -> Tensor | None:
@@ -363,7 +349,8 @@ class GraphContext:
                 "history; run backward before changing cached tensors"
             )
         self.stage(layer, key, value)
-        return _in_order(self.plan, [group.attend(layer, query, key, value) for group in self.groups])
+        outputs = [group.attend(layer, query, key, value) for group in self.groups]
+        return in_order(outputs, [group.query_frames for group in self.plan.groups])
 
     def stage(self, layer: int, key: Tensor, value: Tensor) -> None:
         if self.plan.publishes or self.plan.stages:
@@ -388,10 +375,8 @@ class _GraphGroup:
         self.bias = torch.tensor(biases).repeat_interleave(self.tokens)[None] if any(biases) else None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (
-            x if list(frames) == list(range(x.shape[1] // self.tokens)) else _frames(x, frames, self.tokens)
-            for x, frames in ((query, self.group.query_frames), (key, self.own), (value, self.own))
-        )
+        query = take_frames(query, self.group.query_frames, self.tokens)
+        key, value = (take_frames(x, self.own, self.tokens) for x in (key, value))
         keys = torch.cat([*(k for k, _ in self.past[layer]), key], 1)
         values = torch.cat([*(v for _, v in self.past[layer]), value], 1)
         query = rotate(query, *(t.to(query.device) for t in self.queries))

@@ -83,12 +83,13 @@ def _row(name: str) -> tuple:
     config = load_preset(name)
     engine = Engine(None, config)  # no weights: schedules know step counts alone
     spent = cost(engine)
+    steps = "/".join(str(len(ladder)) for ladder in engine.ladders)
     commit = config.schedule.commit
     if commit != "none" and config.schedule.commit_level:
         commit = f"{commit}@{config.schedule.commit_level:g}"
     return (
         name, _schedule(config), regions(engine), config.positions.rule, spent.first,
-        "all" if spent.kept is None else spent.kept, spent.calls, spent.frames, _steps(config.ladder.timesteps), commit,
+        "all" if spent.kept is None else spent.kept, spent.calls, spent.frames, steps, commit,
         config.parity, paper(name),
     )  # fmt: skip
 
@@ -113,12 +114,6 @@ def regions(engine: Engine) -> str:
     parts["recent"] = "all" if unbounded else cache.window - cache.sink - engine.flight_frames
     parts["flight"] = engine.flight_frames
     return ", ".join(f"{name} {frames}" for name, frames in parts.items() if frames)
-
-
-def _steps(timesteps: list) -> str:
-    """Length of the ladder; of each chunk's, where they differ."""
-    ladders = timesteps if timesteps and isinstance(timesteps[0], (list, tuple)) else [timesteps]
-    return "/".join(str(sum(1 for t in ladder if t)) for ladder in ladders)
 
 
 # ---------------------------------------------------------------------------------------------- one preset

@@ -16,7 +16,7 @@ from streamgen.kernels.attention import attend
 from streamgen.kernels.rope import rotate
 from streamgen.models.masks import FrameGroups
 
-__all__ = ["AttentionContext", "DenseContext", "token_mask"]
+__all__ = ["AttentionContext", "DenseContext", "in_order", "take_frames", "token_mask"]
 
 
 @runtime_checkable
@@ -61,27 +61,35 @@ class DenseContext:
         query, key = rotate(query, self.cos, self.sin), rotate(key, self.cos, self.sin)
         if self.groups is None:
             return attend(query, key, value, mask=self.mask, backend=self.backend)
-        query, key, value = (x.unflatten(1, (self.frames, -1)) for x in (query, key, value))  # [B, F, T, H, D]
+        tokens = query.shape[1] // self.frames
+        take = lambda x, frames: take_frames(x, frames, tokens)
         parts = [
-            attend(_frames(query, mine), _frames(key, seen), _frames(value, seen), backend=self.backend)
+            attend(take(query, mine), take(key, seen), take(value, seen), backend=self.backend)
             for mine, seen in self.groups
         ]
-        order = [frame for mine, _ in self.groups for frame in mine]
-        if order == sorted(order):
-            return torch.cat(parts, 1)
-        back = [order.index(frame) for frame in range(self.frames)]
-        return _frames(torch.cat(parts, 1).unflatten(1, (self.frames, -1)), back)
+        return in_order(parts, [mine for mine, _ in self.groups])
 
     def stage(self, layer: int, key: Tensor, value: Tensor) -> None:
         raise NotImplementedError("a DenseContext keeps nothing: commit_only needs a context with a cache")
 
 
-def _frames(x: Tensor, frames: Sequence[int]) -> Tensor:
-    """[B, F, T, H, D] -> the tokens of some frames, [B, n·T, H, D]; runs of neighbours are slices."""
+def take_frames(x: Tensor, frames: Sequence[int], tokens: int) -> Tensor:
+    """[B, F·T, H, D] -> the T tokens each of some frames, [B, n·T, H, D]; a run of neighbours is a view."""
     starts = [i for i, frame in enumerate(frames) if i == 0 or frame != frames[i - 1] + 1]
     runs = [frames[a:b] for a, b in zip(starts, [*starts[1:], len(frames)], strict=True)]
-    parts = [x[:, run[0] : run[-1] + 1] for run in runs]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).flatten(1, 2)
+    parts = [x[:, run[0] * tokens : (run[-1] + 1) * tokens] for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat([x[:, :0], *parts], 1)  # of no frames too
+
+
+def in_order(outputs: list[Tensor], groups: Sequence[Sequence[int]]) -> Tensor:
+    """What groups of frames computed, [B, n·T, H, D] each, as the frames of one call."""
+    if len(outputs) == 1:
+        return outputs[0]
+    order = [frame for frames in groups for frame in frames]
+    together = torch.cat(outputs, 1)
+    if order == sorted(order):
+        return together
+    return take_frames(together, [order.index(i) for i in range(len(order))], together.shape[1] // len(order))
 
 
 def token_mask(frame_mask: Tensor, tokens_per_frame: int) -> Tensor:

@@ -103,7 +103,7 @@ def to_original_name(name: str) -> str:
     >>> to_original_name("blocks.7.ffn.net.0.proj.weight")
     'blocks.7.ffn.0.weight'
     """
-    return _translate(name, _TO_ORIGINAL)
+    return translate(name, _TO_ORIGINAL)
 
 
 def to_diffusers_name(name: str) -> str:
@@ -112,12 +112,13 @@ def to_diffusers_name(name: str) -> str:
     >>> to_diffusers_name("blocks.7.norm3.weight"), to_diffusers_name("head.modulation")
     ('blocks.7.norm2.weight', 'scale_shift_table')
     """
-    return _translate(name, _TO_DIFFUSERS)
+    return translate(name, _TO_DIFFUSERS)
 
 
-def _translate(name: str, table: dict[str, str]) -> str:
-    block = re.match(r"blocks\.(\d+)\.", name)
-    general = f"blocks.{{}}.{name[block.end():]}" if block else name
+def translate(name: str, table: Mapping[str, str]) -> str:
+    """By a table of module or parameter paths in which {} stands for the block's number; other names stay."""
+    block = re.match(r"(?:encoder\.block|blocks)\.(\d+)\.", name)
+    general = f"{name[: block.start(1)]}{{}}{name[block.end(1) :]}" if block else name
     stem, dot, leaf = general.rpartition(".")
     if dot and leaf in ("weight", "bias") and stem in table:
         found = f"{table[stem]}.{leaf}"

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from streamgen.config import suggest
 from streamgen.errors import InputError
+from streamgen.models.layouts import translate
 from streamgen.models.reading import first_line, read_state_dict, some
 from streamgen.models.saving import replace_file
 from streamgen.models.text import TextEncoder
@@ -272,7 +273,7 @@ def to_original_umt5_name(name: str) -> str:
     >>> to_original_umt5_name("encoder.block.7.layer.1.DenseReluDense.wi_0.weight")
     'blocks.7.ffn.gate.0.weight'
     """
-    return _translate(name, _TO_ORIGINAL)
+    return translate(name, _TO_ORIGINAL)
 
 
 def to_umt5_name(name: str) -> str:
@@ -281,16 +282,7 @@ def to_umt5_name(name: str) -> str:
     >>> to_umt5_name("blocks.7.ffn.fc1.weight"), to_umt5_name("norm.weight")
     ('encoder.block.7.layer.1.DenseReluDense.wi_1.weight', 'encoder.final_layer_norm.weight')
     """
-    return _translate(name, _TO_UMT5)
-
-
-def _translate(name: str, table: dict[str, str]) -> str:
-    block = re.match(r"(?:encoder\.block|blocks)\.(\d+)\.", name)
-    general = name if block is None else f"{name[: block.start(1)]}{{}}{name[block.end(1) :]}"
-    stem, _, leaf = general.rpartition(".")
-    if leaf != "weight" or stem not in table:
-        return name
-    return f"{table[stem]}.weight".format(block.group(1) if block else "")
+    return translate(name, _TO_UMT5)
 
 
 def load_umt5(path: str | os.PathLike, config: Mapping[str, Any] | None = None):
