@@ -10,7 +10,7 @@ few tables that stay in float32.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,12 +156,7 @@ def estimate(
     total = -(-(latent_frames or CLIP_FRAMES) // chunk) * chunk
     flight, recached = Engine(None, config).flight_frames, recache_frames(config, total)
     pages = build_policy(config, flight, total).pages
-    _, *patch = net.patch_size
-    grid = Geometry(
-        net.num_layers, sequences, latents[0] // patch[0], latents[1] // patch[1], net.num_attention_heads,
-        net.attention_head_dim,
-    )  # fmt: skip
-    store = KVStore(grid, pages, max(flight, recached), resolve_dtype(dtype), torch.device("meta"))
+    store = _store(net, latents, sequences, pages, max(flight, recached), resolve_dtype(dtype))
 
     # a switch of mode "recache" runs the whole window in one call; otherwise a call is what is in flight
     recaching = config.switch.mode == "recache"
@@ -190,6 +185,15 @@ def estimate(
         frames_in_cache=pages + store.flight,
         tokens_per_frame=tokens,
     )
+
+
+def _store(
+    net: TransformerGeometry, latents: Sequence[int], sequences: int, pages: int, flight: int, dtype: torch.dtype
+) -> KVStore:
+    """The cache of a stream, without its bytes."""
+    height, width = (side // patch for side, patch in zip(latents, net.patch_size[1:], strict=True))
+    grid = Geometry(net.num_layers, sequences, height, width, net.num_attention_heads, net.attention_head_dim)
+    return KVStore(grid, pages, flight, dtype, torch.device("meta"))
 
 
 def _picture_tokens(geometry: ModelGeometry) -> int:

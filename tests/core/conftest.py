@@ -160,3 +160,14 @@ def tiny():
         model=_transformer, stub=StubTransformer, draw=_draw, noise=_tensor_noise, config=_config, seen=_seen,
         rollout=_oracle_rollout, rotate=_rotate, turns=_turns, attention=_attention,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return tiny.model().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def embeds(tiny):
+    """Three prompts."""
+    return [tiny.draw(1, 5, 8, seed=40 + i) for i in range(3)]

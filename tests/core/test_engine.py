@@ -17,17 +17,6 @@ SIZE = (4, 4)
 WINDOWED = ("cache.window=12", "cache.sink=3")
 
 
-@pytest.fixture(scope="module")
-def model(tiny):
-    return tiny.model().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def embeds(tiny):
-    """Three prompts."""
-    return [tiny.draw(1, 5, 8, seed=40 + i) for i in range(3)]
-
-
 def latents(chunks) -> torch.Tensor:
     return torch.cat([chunk.latents for chunk in chunks], 2)
 

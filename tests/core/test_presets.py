@@ -18,17 +18,6 @@ WINDOW = ["cache.window=15", "cache.sink=3"]
 ROLLING = ["ladder.timesteps=[1000,800,500]", "schedule.stagger=1", "cache.window=15", "cache.sink=3"]
 
 
-@pytest.fixture(scope="module")
-def model(tiny):
-    return tiny.model().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def embeds(tiny):
-    """Three prompts."""
-    return [tiny.draw(1, 5, 8, seed=40 + i) for i in range(3)]
-
-
 @pytest.fixture(autouse=True)
 def no_gradients():
     with torch.no_grad():
