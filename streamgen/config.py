@@ -94,20 +94,56 @@ def read_config(schema: type[T], path: Path, overrides: Sequence[str] = ()) -> T
 # ---------------------------------------------------------------------------------------------- what a stream is
 @dataclass
 class ChunkConfig:
-    """`latent_frames`: frames denoised together."""
+    """`latent_frames`: frames denoised together; `first_latent_frames`: those of the first chunk, if it differs."""
 
     latent_frames: int = 3
+    first_latent_frames: int | None = None
+
+    @property
+    def first(self) -> int:
+        """Latent frames of the first chunk."""
+        return self.first_latent_frames or self.latent_frames
+
+    @property
+    def largest(self) -> int:
+        return max(self.first, self.latent_frames)
+
+    def frames(self, chunk: int) -> range:
+        """The latent frames of a chunk."""
+        start = self.first + (chunk - 1) * self.latent_frames if chunk else 0
+        return range(start, start + (self.latent_frames if chunk else self.first))
+
+    def holding(self, frame: int) -> int:
+        """The chunk that holds a latent frame."""
+        return 0 if frame < self.first else 1 + (frame - self.first) // self.latent_frames
+
+    def whole(self, frames: int) -> int:
+        """The least number of latent frames in whole chunks, one at least, that covers so many."""
+        return self.frames(self.holding(max(1, frames) - 1)).stop
+
+    def count(self, frames: int) -> int:
+        """Chunks in so many latent frames. Raises InputError if they are not whole chunks."""
+        if frames < 1 or self.whole(frames) != frames:
+            first = "" if self.first == self.latent_frames else f" after a first chunk of {self.first}"
+            raise InputError(
+                f"{frames} latent frames are not a positive multiple of chunk.latent_frames={self.latent_frames}{first}"
+            )
+        return self.holding(frames - 1) + 1
 
 
 @dataclass
 class LadderConfig:
-    """Steps of a chunk; see `streamgen.ladder.build_ladder`. A list of lists = one per chunk, the last one repeats."""
+    """Steps of a chunk; see `streamgen.ladder.build_ladder`. A list of lists = one per chunk, the last one repeats.
+
+    `fixed_noise`: every chunk begins from, and is re-noised with, the noise of the first frames (StreamDiffusion).
+    """
 
     timesteps: list[Any] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
     warp: bool = False
     shift: float = 1.0
     sigma: str = "exact"
     solver: str = "renoise"
+    fixed_noise: bool = False
 
     @property
     def lists(self) -> list:
@@ -125,13 +161,14 @@ class LadderConfig:
 class ScheduleConfig:
     """`coupling` names a registered schedule; the rest as in `streamgen.schedules.ScheduleOptions`.
 
-    `commit_level` is the timestep of the commit forward.
+    `commit_level` is the timestep of the commit forward. `clone`: see `streamgen.schedules.RowsSchedule`.
     """
 
     coupling: str = "solo"
     stagger: Any = "solo"
     commit: str = "separate"
     commit_level: float = 0.0
+    clone: bool = False
 
 
 @dataclass
@@ -172,13 +209,15 @@ class CacheConfig:
 
 @dataclass
 class PositionsConfig:
-    """`rule`: see `streamgen.cache.positions`; `span`: temporal positions the model was trained on.
+    """`rule`: see `streamgen.cache.positions`; `span`: temporal positions the model was trained on; `lead`: frames that
+    rule "ahead" puts the sink ahead of the call.
 
     Streams that run past the span are warned about, or refused if `strict`.
     """
 
     rule: str = "absolute"
     span: int = 21
+    lead: int = 0
     strict: bool = False
 
 
@@ -225,6 +264,8 @@ class StreamConfig:
     def __post_init__(self) -> None:
         if self.chunk.latent_frames < 1:
             raise InputError(f"chunk.latent_frames must be at least 1, got {self.chunk.latent_frames}")
+        if self.chunk.first_latent_frames is not None and self.chunk.first_latent_frames < 1:
+            raise InputError(f"chunk.first_latent_frames must be at least 1, got {self.chunk.first_latent_frames}")
         check_choice("switch.mode", self.switch.mode, SWITCH_MODES)
         check_choice("switch.in_flight", self.switch.in_flight, ("keep", "follow"))
         check_choice("guidance.commit_branch", self.guidance.commit_branch, ("own", "positive"))

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError
+from streamgen.forward import Forward
 from streamgen.ladder import Ladder, build_ladder
 from streamgen.noise import Noise, TensorNoise
 from streamgen.rollout import CallRecord, LatentChunk, Rollout, Text, build_policy
-from streamgen.schedules import SCHEDULES
+from streamgen.schedules import HORIZON, SCHEDULES, lanes
+from streamgen.source import Source
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +44,21 @@ class Engine:
         if len(self.experts) > 1 and config.experts.boundary is None:
             raise InputError("two transformers need experts.boundary, the timestep below which the second one works")
         schedule, options = SCHEDULES.get(config.schedule.coupling)
-        self.schedule = schedule(options(stagger=config.schedule.stagger, commit=config.schedule.commit))
+        self.schedule = schedule(self._schedule_options(options))
         self.ladders = self._build_ladders()
+        self.forward = Forward(self.experts, self.branches)
         self.records: list[CallRecord] = []
         self.tracing = False
         build_policy(config, self.flight_frames, self.flight_frames)  # refuses bad sizes at once
         roomy = config.cache.sink + 2 * config.chunk.latent_frames
         if config.cache.policy == "window" and 0 < config.cache.window < roomy:
             log.warning("cache.window=%d leaves little memory: %d or more is advised", config.cache.window, roomy)
+
+    def _schedule_options(self, options: type) -> object:
+        """What a schedule is made with; one from outside may know fewer options."""
+        config = self.config.schedule
+        more = {"clone": True} if config.clone else {}
+        return options(stagger=config.stagger, commit=config.commit, **more)
 
     def _build_ladders(self) -> list[Ladder]:
         ladder = self.config.ladder
@@ -83,7 +92,12 @@ class Engine:
     @property
     def flight_frames(self) -> int:
         """Latent frames that are denoised at once, at most."""
-        return self.schedule.in_flight(self.steps) * self.config.chunk.latent_frames
+        return self.schedule.in_flight(self.steps) * self.config.chunk.largest
+
+    @property
+    def chunks_in_flight(self) -> int:
+        """Chunks that are being denoised at the same time, at most, in rows of their own or together."""
+        return self.schedule.in_flight(self.steps) * len(lanes(self.schedule, self.steps, HORIZON))
 
     @property
     def device(self) -> torch.device:
@@ -137,12 +151,14 @@ class Engine:
     ) -> Rollout:
         """A new stream; `num_latent_frames` None = endless. `conditions` and `switches` as in `run`."""
         conditions = dict(conditions or {})
+        source = Source.take(conditions)
         image, channels = conditions.pop("image_embeds", None), conditions.pop("channels", None)
         if conditions:
-            raise InputError(f"unknown conditions {', '.join(conditions)}: known are image_embeds and channels")
+            known = "image_embeds, channels, video, strength and first_timestep"
+            raise InputError(f"unknown conditions {', '.join(conditions)}: known are {known}")
         self._check_channels(channels)
         rollout = Rollout(
-            self, prompt_embeds, noise, latent_size, num_latent_frames, negative_embeds, batch, image, channels
+            self, prompt_embeds, noise, latent_size, num_latent_frames, negative_embeds, batch, image, channels, source
         )
         rollout.switches = sorted((switches or {}).items())
         return rollout
@@ -176,7 +192,8 @@ class Engine:
             latent_size: (h, w) of the latents.
             switches: latent frame -> new text; effective when the first chunk that starts at or after it enters.
             conditions: what image-to-video models read besides text: {"image_embeds": [B or 1, tokens, D'], "channels":
-                an object with `frames(range) -> [B or 1, C', f, h, w]`, asked once per chunk, in order}.
+                an object with `frames(range) -> [B or 1, C', f, h, w]`, asked once per chunk, in order}; what
+                video-to-video streams begin from: "video", "strength", "first_timestep" as in `streamgen.source`.
         Follows the caller's grad mode; with gradients the graph runs through the cache.
         """
         if isinstance(noise, TensorNoise):
@@ -197,6 +214,14 @@ class Engine:
         )
         while not rollout.finished:
             yield rollout.advance()
+
+    def advance(self, rollouts: Sequence[Rollout]) -> list[LatentChunk]:
+        """The next chunk of each of several streams of this engine: calls of one shape share a forward.
+
+        Raises StopIteration if one of them is over.
+        """
+        self.forward.drive([rollout.computing() for rollout in rollouts])
+        return [rollout.take() for rollout in rollouts]
 
     def fingerprint(self) -> str:
         """Tells whether a saved stream belongs to these weights: shapes, and a few numbers of every tensor."""

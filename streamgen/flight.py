@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from streamgen.ladder import Ladder
+
 
 @dataclass(frozen=True, slots=True)
 class LatentChunk:
@@ -34,6 +36,7 @@ class CallRecord:
     query_positions: tuple[tuple[float, ...], ...]
     writes: tuple[int, ...]
     expert: int = 0
+    level: int | None = None  # of the row's lane
 
 
 @dataclass(slots=True)
@@ -43,6 +46,7 @@ class Flight:
     x: Tensor
     frames: range
     text: Text
+    ladder: Ladder
     p: int = 0
     channels: Tensor | None = None  # [B or 1, C', f, H, W], read beside x
 

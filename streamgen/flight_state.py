@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from streamgen.flight import Flight, LatentChunk, Text
+from streamgen.ladder import Ladder
 from streamgen.schedules import clean_call
 
 if TYPE_CHECKING:
@@ -23,8 +24,7 @@ def save(rollout: Rollout) -> dict:
         "next_chunk": rollout.next_chunk,
         "next_entry": rollout.next_entry,
         "next_tick": rollout.next_tick,
-        "policy": rollout.policy.state_dict(),
-        "stores": [store.state_dict() for store in rollout.stores],
+        "caches": [cache.state_dict() for cache in rollout.caches.values()],
         "texts": [
             {
                 "embeds": text.embeds, "image": text.image, "epoch": text.epoch, "scale": text.scale,
@@ -48,9 +48,8 @@ def restore(rollout: Rollout, state: dict) -> None:
     engine = rollout.engine
     rollout.next_chunk, rollout.next_entry = state["next_chunk"], state["next_entry"]
     rollout.next_tick = state["next_tick"]
-    rollout.policy.load_state_dict(state["policy"])
-    for store, saved in zip(rollout.stores, state["stores"], strict=True):
-        store.load_state_dict(saved)
+    for cache, saved in zip(rollout.caches.values(), state["caches"], strict=True):
+        cache.load_state_dict(saved)
     texts: list[Text] = []
     for saved in state["texts"]:
         texts.append(_text(engine, saved, texts))
@@ -64,7 +63,7 @@ def restore(rollout: Rollout, state: dict) -> None:
     rollout.pending = []
     for tick, saved in state["pending"]:
         flight = told(saved)
-        chunk = flight.frames.start // engine.config.chunk.latent_frames
+        chunk = engine.config.chunk.holding(flight.frames.start)
         rollout.pending.append((tick, clean_call((chunk,), engine.steps), flight))
     if rollout.channels is not None:
         rollout.channels.load_state_dict(state["channels"])
@@ -88,9 +87,11 @@ def _text(engine: Engine, saved: dict, before: list[Text]) -> Text:
 
 def _saved(flight: Flight) -> dict:
     frames = (flight.frames.start, flight.frames.stop)
-    return {"x": flight.x, "frames": frames, "channels": flight.channels, "p": flight.p}
+    ladder = (flight.ladder.timesteps, flight.ladder.sigmas, flight.ladder.solver)
+    return {"x": flight.x, "frames": frames, "channels": flight.channels, "p": flight.p, "ladder": ladder}
 
 
 def _flight(engine: Engine, saved: dict, text: Text) -> Flight:
     channels = None if saved["channels"] is None else saved["channels"].to(engine.device)
-    return Flight(saved["x"].to(engine.device), range(*saved["frames"]), text, saved["p"], channels)
+    ladder = Ladder(*saved["ladder"])
+    return Flight(saved["x"].to(engine.device), range(*saved["frames"]), text, ladder, saved["p"], channels)

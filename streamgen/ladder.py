@@ -6,7 +6,7 @@ Flow matching: x = (1-σ)·x0 + σ·ε, the network returns ε - x0, model time 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -59,6 +59,16 @@ class Ladder:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def starting(self, timestep: float, shift: float, sigma: str) -> Ladder:
+        """The ladder with another first timestep, looked up as `build_ladder` does; the other steps stay.
+
+        Raises: InputError if the list would not fall any more.
+        """
+        first = build_ladder([timestep], shift=shift, sigma=sigma, solver=self.solver)
+        return replace(
+            self, timesteps=(*first.timesteps, *self.timesteps[1:]), sigmas=(first.sigmas[0], *self.sigmas[1:])
+        )
 
     def denoised(self, x: Tensor, velocity: Tensor, p: int) -> Tensor:
         """The clean estimate x0 = x - σ·v at step p; in float64 as the released code has it."""

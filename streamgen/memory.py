@@ -28,6 +28,7 @@ from streamgen.models.codecs.tiled import spans
 from streamgen.models.geometry import CodecGeometry, ModelGeometry, TransformerGeometry, read_geometry
 from streamgen.models.rope import RotaryEmbedding
 from streamgen.rollout import build_policy, recache_frames
+from streamgen.schedules import lanes
 
 __all__ = ["CODECS", "Estimate", "Way", "describe_model", "device_memory", "estimate", "ways_to_fit"]
 
@@ -152,9 +153,10 @@ def estimate(
     net, tokens = geometry.transformer, geometry.tokens_per_frame(height, width)
     sequences = batch * (1 if config.guidance.scale == 1 else 2)
 
-    chunk = config.chunk.latent_frames
-    total = -(-(latent_frames or CLIP_FRAMES) // chunk) * chunk
-    flight, recached = Engine(None, config).flight_frames, recache_frames(config, total)
+    chunk, engine = config.chunk.largest, Engine(None, config)
+    total = config.chunk.whole(latent_frames or CLIP_FRAMES)
+    flight, recached = engine.flight_frames, recache_frames(config, total)
+    rows = len(lanes(engine.schedule, engine.steps, config.chunk.count(total)))  # in one call, each with a cache
     pages = build_policy(config, flight, total).pages
     store = _store(net, latents, sequences, pages, max(flight, recached), resolve_dtype(dtype))
 
@@ -173,16 +175,18 @@ def estimate(
         text_encoder=geometry.text_encoder.parameters * size,
         image_encoder=geometry.image_encoder.parameters * size if geometry.image_encoder else 0,
         codec=decoder.parameters * size,
-        cache=geometry.experts * store.nbytes,
+        cache=geometry.experts * rows * store.nbytes,
         text_keys=geometry.experts * 2 * sequences * read * net.dim * net.num_layers * size,
         tables=geometry.experts * tables * flight * tokens * net.attention_head_dim * 4,
         codec_state=state,
         runtime=RUNTIME.get(device, RUNTIME["cpu"]),
         encoding=_encoding_bytes(geometry, size),
-        forward=_forward_bytes(net, sequences * call * tokens, sequences * max(pages, call) * tokens, size, device),
+        forward=_forward_bytes(
+            net, rows * sequences * call * tokens, sequences * max(pages, call) * tokens, size, device
+        ),
         rotation=_rotation_bytes(stale * store.nbytes // (3 * (pages + store.flight)), net.num_layers, size),
         decoding=_decoding_bytes(decoder, at_once, batch * latents[0] * latents[1], chunk, size) + state,
-        frames_in_cache=pages + store.flight,
+        frames_in_cache=rows * (pages + store.flight),
         tokens_per_frame=tokens,
     )
 

@@ -7,9 +7,9 @@ import logging
 import time
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,10 @@ from streamgen.config import StreamConfig
 from streamgen.errors import InputError
 from streamgen.flight import CallRecord, Channels, Flight, LatentChunk, Text, Timings
 from streamgen.flight_state import restore, save
-from streamgen.models.blocks import widen
-from streamgen.schedules import Call, OpKind, Row, Slot, SlotOp, Tick, begins, clean_call, until_emission
+from streamgen.forward import BoundRow, Work
+from streamgen.lanes import LaneCache
+from streamgen.schedules import Call, Op, OpKind, Row, Slot, SlotOp, Tick, begins, clean_call, lanes, until_emission
+from streamgen.source import Source
 
 if TYPE_CHECKING:
     from streamgen.engine import Engine
@@ -33,9 +35,14 @@ log = logging.getLogger(__name__)
 def build_policy(config: StreamConfig, flight_frames: int, total_frames: int | None) -> CachePolicy:
     """The cache policy of a configuration. Raises InputError below a window's floor and for what cannot be combined."""
     cls, options = POLICIES.get(config.cache.policy)
-    if config.schedule.coupling == "joint-causal" and flight_frames > config.chunk.latent_frames:
+    if config.schedule.coupling == "joint-causal" and flight_frames > config.chunk.largest:
         if config.cache.window != -1:
             rule_for_parts(config, "schedule.coupling=joint-causal")
+    if config.schedule.coupling == "rows" and config.switch.mode == "recache":
+        raise InputError(
+            "schedule.coupling=rows keeps what noisy steps left, which switch.mode=recache cannot renew by a clean "
+            "pass: use switch.mode=keep, cut or reset"
+        )
     if config.guidance.commit_branch == "positive" and config.schedule.commit == "inplace":
         raise InputError(
             "guidance.commit_branch=positive asks for a commit under the prompt, and schedule.commit=inplace has none: "
@@ -53,6 +60,8 @@ def build_policy(config: StreamConfig, flight_frames: int, total_frames: int | N
 
 def recache_frames(config: StreamConfig, total_frames: int | None) -> int:
     """Most frames a re-encoding call may hold: finished latents that are kept for it."""
+    if config.schedule.coupling == "rows":
+        return 0  # a clean pass cannot renew what noisy ones left
     if config.cache.window != -1:
         return config.cache.window
     return total_frames if config.switch.mode == "recache" else 0
@@ -64,27 +73,34 @@ def warn_once(message: str) -> None:
     log.warning(message)
 
 
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A row about to run: its chunks, and the plan and context it runs by."""
+
+    row: Row
+    flights: list[Flight]
+    frames: tuple[range, ...]
+    plan: Any
+    work: BoundRow
+
+
 class Rollout:
     """Runs the ticks of one stream. Everything between two chunks is explicit state: see `state_dict`."""
 
     def __init__(
         self, engine: Engine, prompt_embeds, noise, latent_size, num_latent_frames, negative_embeds, batch, image,
-        channels: Channels | None,
+        channels: Channels | None, source: Source | None = None,
     ) -> None:
         """Arguments as in `Engine.start`, which makes these."""
-        self.engine, self.noise, self.channels = engine, noise, channels
+        self.engine, self.noise, self.channels, self.source = engine, noise, channels, source
         self.device, self.dtype = engine.device, engine.dtype  # asked once: diffusers walks all modules for them
         self.batch = batch or prompt_embeds.shape[0]
         self.latent_size = latent_size
         self.num_latent_frames = num_latent_frames
-        per_chunk = engine.config.chunk.latent_frames
-        if num_latent_frames is not None and (num_latent_frames < 1 or num_latent_frames % per_chunk):
-            raise InputError(
-                f"{num_latent_frames} latent frames are not a positive multiple of chunk.latent_frames={per_chunk}"
-            )
-        self.num_chunks = None if num_latent_frames is None else num_latent_frames // per_chunk
-        self.flight_frames = engine.schedule.in_flight(engine.steps, self.num_chunks) * per_chunk
-        self.policy = build_policy(engine.config, self.flight_frames, num_latent_frames)
+        chunk = engine.config.chunk
+        self.num_chunks = None if num_latent_frames is None else chunk.count(num_latent_frames)
+        self.flight_frames = engine.schedule.in_flight(engine.steps, self.num_chunks) * chunk.largest
+        self.caches = {lane: self._new_cache() for lane in lanes(engine.schedule, engine.steps, self.num_chunks)}
         self._check_span()
         self._check_experts()
         self.negative = negative_embeds
@@ -101,7 +117,6 @@ class Rollout:
         self.owed: dict[int, Flight] = {}  # finished chunks that the next call publishes
         self.ready: list[LatentChunk] = []  # finished together with one that was delivered
         self.timings = Timings()
-        self.stores = [self._new_store(expert) for expert in engine.experts]
         self._ticks: Iterator[Tick] | None = None
         self._due: list[Tick] = []  # drawn from it and not yet run: what the next chunk takes
         self._plans: dict[tuple, tuple] = {}  # of the present chunk: all its steps share them
@@ -110,7 +125,7 @@ class Rollout:
     @property
     def next_frame(self) -> int:
         """The latent frame that the next chunk to enter begins at."""
-        return self.next_entry * self.engine.config.chunk.latent_frames
+        return self.engine.config.chunk.frames(self.next_entry).start
 
     @property
     def finished(self) -> bool:
@@ -153,8 +168,18 @@ class Rollout:
         return chunk
 
     @property
+    def policy(self) -> CachePolicy:
+        """The first lane's."""
+        return next(iter(self.caches.values())).policy
+
+    @property
+    def stores(self) -> list[KVStore | GraphStore]:
+        """The first lane's, one per expert."""
+        return next(iter(self.caches.values())).stores
+
+    @property
     def store(self) -> KVStore | GraphStore:
-        """The first expert's cache."""
+        """The first lane's, of the first expert."""
         return self.stores[0]
 
     @property
@@ -162,7 +187,14 @@ class Rollout:
         """Whether finished latents are kept for re-encoding."""
         return bool(self._recache_frames())
 
-    def _new_store(self, model) -> KVStore | GraphStore:
+    def _new_policy(self) -> CachePolicy:
+        return build_policy(self.engine.config, self.flight_frames, self.num_latent_frames)
+
+    def _new_cache(self) -> LaneCache:
+        policy = self._new_policy()
+        return LaneCache(policy, [self._new_store(expert, policy) for expert in self.engine.experts])
+
+    def _new_store(self, model, policy: CachePolicy) -> KVStore | GraphStore:
         height, width = self.latent_size
         config, (_, ph, pw) = model.config, model.config.patch_size
         if height % ph or width % pw:
@@ -178,7 +210,7 @@ class Rollout:
         if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
             return GraphStore(geometry)
         most = max(self.flight_frames, self._recache_frames())
-        return KVStore(geometry, self.policy.pages, most, self.dtype, self.device)
+        return KVStore(geometry, policy.pages, most, self.dtype, self.device)
 
     def _recache_frames(self) -> int:
         return recache_frames(self.engine.config, self.num_latent_frames)
@@ -207,10 +239,16 @@ class Rollout:
     # ------------------------------------------------------------------------------------------- running
     def advance(self) -> LatentChunk:
         """Run ticks until a chunk is finished. Raises StopIteration past the end."""
+        return self.engine.advance([self])[0]
+
+    def computing(self) -> Work:
+        """What it takes to have a chunk ready; nothing if one is."""
         if self.finished:
             raise StopIteration("the stream is over")
-        if not self.ready:
-            self._run_ticks()
+        return iter(()) if self.ready else self._run_ticks()
+
+    def take(self) -> LatentChunk:
+        """The chunk that is ready."""
         self.next_chunk += 1
         return self.ready.pop(0)
 
@@ -225,39 +263,55 @@ class Rollout:
             raise RuntimeError("the schedule ended before the stream")
         return self._due
 
-    def _run_ticks(self) -> None:
+    def _run_ticks(self) -> Work:
         """Ticks until one emits.
 
         An exception (out of memory, Ctrl-C) costs the call it hit: the next attempt begins with that.
         """
-        self.commit()
+        yield from self._commit()
         self._plans = {}
         for tick in list(self._upcoming()):
-            self._run_tick(tick)
+            yield from self._run_tick(tick)
             self._due.pop(0)
 
-    def _run_tick(self, tick: Tick) -> None:
+    def _run_tick(self, tick: Tick) -> Work:
         for op in tick.ops:
-            if op.kind is OpKind.BEGIN and op.chunk >= self.next_entry:  # not begun by an attempt that failed
-                self._begin(op.chunk)
+            yield from self._operate(op)
         for call in tick.calls:
-            self._denoise(tick.index, call)
+            yield from self._denoise(tick.index, call)
         self.next_tick = tick.index + 1
         if tick.emits:
             self._emit(tick)
 
-    def _begin(self, chunk: int) -> None:
-        per_chunk = self.engine.config.chunk.latent_frames
-        frames = range(chunk * per_chunk, (chunk + 1) * per_chunk)
+    def _operate(self, op: Op) -> Work:
+        """What comes before a tick's calls; a tick that is tried again does it once."""
+        if op.chunk < self.next_entry and op.kind is OpKind.BEGIN:
+            return
+        if op.kind is OpKind.BEGIN:
+            yield from self._begin(op.chunk)
+        elif op.kind is OpKind.CLONE:
+            source, *others = op.lanes
+            for lane in others:
+                self.caches[lane] = self.caches[source].fork(self._new_policy())
+
+    def _begin(self, chunk: int) -> Work:
+        config = self.engine.config
+        frames = config.chunk.frames(chunk)
         due = [(frame, text) for frame, text in self.switches if frame <= frames.start]
         if due:  # of several that fell into one chunk the newest counts
-            self.switch(due[-1][1], self.engine.config.switch.mode, requested=due[-1][0])
+            yield from self._switch(due[-1][1], config.switch.mode, requested=due[-1][0])
             self.switches = self.switches[len(due) :]
         channels = None if self.channels is None else self.channels.frames(frames)
-        self.flight[chunk] = Flight(self._noise("initial", frames, 0), frames, self.text, channels=channels)
+        x, ladder = self._noise("initial", frames, 0), self.engine.ladder_of(chunk)
+        if self.source is not None:
+            ladder = self.source.ladder(chunk, ladder, config.ladder.shift, config.ladder.sigma)
+            x = self.source.begin(chunk, frames, x, ladder)
+        self.flight[chunk] = Flight(x, frames, self.text, ladder, channels=channels)
         self.next_entry = chunk + 1
 
     def _noise(self, purpose: str, frames: range, step: int) -> Tensor:
+        if self.engine.config.ladder.fixed_noise:
+            frames = range(len(frames))
         config = self.engine.transformer.config
         channels = config.out_channels or config.in_channels
         shape = (self.batch, channels, *self.latent_size)
@@ -283,9 +337,12 @@ class Rollout:
 
     def commit(self) -> None:
         """Run the commit calls that are due; a finite stream never runs its last one."""
+        self.engine.forward.drive([self._commit()])
+
+    def _commit(self) -> Work:
         while self.pending:
             tick, call, flight = self.pending[0]
-            self._clean(tick, call, call.rows[0], flight.x, flight.channels, [flight.frames], flight.text)
+            yield from self._clean(tick, call, flight.x, flight.channels, [flight.frames], flight.text)
             self.pending.pop(0)
 
     def switch(
@@ -298,22 +355,30 @@ class Rollout:
                 frames are dropped; the sink and the frame count stay). A reset is a new `Rollout`.
             requested: the latent frame the user named; None = the one it takes effect at.
         """
+        self.engine.forward.drive([self._switch(prompt_embeds, mode, epoch, requested)])
+
+    def _switch(
+        self, prompt_embeds: Tensor, mode: str, epoch: int | None = None, requested: int | None = None
+    ) -> Work:
         if mode == "reset":
             raise InputError("a reset begins a new stream: use keep, recache or cut here, or reset a session")
+        if mode == "recache" and not self.can_recache:
+            raise InputError("this stream keeps no latents to re-encode: start it with switch.mode=recache")
         epoch = self.text.epoch + 1 if epoch is None else epoch
         text = self.engine.text(prompt_embeds, self.negative, self.batch, epoch, self.image)
         text = replace(text, scale=self.text.scale)
         self._check_length(text)
-        self.commit()
+        yield from self._commit()
         for chunk, flight in list(self.owed.items()):  # it would ride with a call that now comes too late
             call = clean_call((chunk,), self.engine.steps)
-            self._clean(self.next_tick, call, call.rows[0], flight.x, flight.channels, [flight.frames], flight.text)
+            yield from self._clean(self.next_tick, call, flight.x, flight.channels, [flight.frames], flight.text)
         requested = self.next_frame if requested is None else requested
-        frames = self.policy.switch(mode, requested)
         self._plans = {}
-        if frames is not None:
-            self._recache(frames, text)
-        self.policy.switched(mode, requested)
+        for cache in self.caches.values():
+            frames = cache.policy.switch(mode, requested)
+            if frames is not None:
+                yield from self._recache(frames, text)
+            cache.policy.switched(mode, requested)
         self._tell(text)
 
     def _check_length(self, text: Text) -> None:
@@ -328,17 +393,17 @@ class Rollout:
                 "switch.in_flight=follow"
             )
 
-    def _recache(self, frames: range, text: Text) -> None:
+    def _recache(self, frames: range, text: Text) -> Work:
         """Encode finished frames again, under another text."""
         begin = frames.start - self.past[0].frames.start
         x = torch.cat([flight.x for flight in self.past], 2)[:, :, begin:]
         channels = None
         if self.channels is not None:
             channels = torch.cat([flight.channels for flight in self.past], 2)[:, :, begin:]
-        per_chunk = self.engine.config.chunk.latent_frames
-        chunks = tuple(range(frames.start // per_chunk, -(-frames.stop // per_chunk)))
+        chunk = self.engine.config.chunk
+        chunks = tuple(range(chunk.holding(frames.start), chunk.holding(frames.stop - 1) + 1))
         call = clean_call(chunks, self.engine.steps, source="past")
-        self._clean(-1, call, call.rows[0], x, channels, [frames], text)
+        yield from self._clean(-1, call, x, channels, [frames], text)
 
     def state_dict(self) -> dict:
         """Everything a later `load_state_dict` needs to go on bit by bit: tensors and plain Python."""
@@ -352,10 +417,8 @@ class Rollout:
     def fork(self) -> Rollout:
         """An independent stream with the same past; what either does is unknown to the other."""
         other = copy(self)
-        other.stores = [store.fork() for store in self.stores]
+        other.caches = {lane: cache.fork(self._new_policy()) for lane, cache in self.caches.items()}
         other.channels = self.channels.fork() if self.channels is not None else None
-        other.policy = build_policy(self.engine.config, self.flight_frames, self.num_latent_frames)
-        other.policy.load_state_dict(self.policy.state_dict())
         other.flight = {chunk: replace(flight) for chunk, flight in self.flight.items()}
         other.owed = dict(self.owed)
         other.pending, other.past, other.ready = list(self.pending), list(self.past), list(self.ready)
@@ -365,72 +428,69 @@ class Rollout:
     # ------------------------------------------------------------------------------------------- calls
     def _bind(self, call: Call, row: Row, frames: tuple[range, ...], expert: int):
         """Plan and context of a call."""
-        plan = self.policy.plan(call, row, frames)
-        return plan, self.stores[expert].bind(plan, self.engine.experts[expert].rope)
+        cache = self.caches[row.lane]
+        plan = cache.policy.plan(call, row, frames)
+        return plan, cache.stores[expert].bind(plan, self.engine.experts[expert].rope)
 
-    def _forward(
-        self, expert: int, x: Tensor, channels: Tensor | None, timestep: Tensor, text: Text, context,
-        commit_only: bool = False, prompt_index: Tensor | None = None, scale: float | Tensor = 1.0,
-    ) -> Tensor | None:
-        """The velocity, guided by `scale` (one number or [F, 1, 1]), or None from a commit."""
-        if channels is not None:
-            x = torch.cat([x, channels.to(x).expand(x.shape[0], -1, -1, -1, -1)], 1)
-        if self.engine.branches == 2:
-            x = torch.cat([x, x])
-        x = x.to(self.dtype)
-        more = {} if prompt_index is None else {"prompt_index": prompt_index}
-        more.update(text_keys=text.keys[expert], context=context, return_dict=False, commit_only=commit_only)
-        out = self.engine.experts[expert](x, timestep, **more)
-        if commit_only:
-            return None
-        velocity = widen(out[0])
-        if self.engine.branches == 1:
-            return velocity
-        positive, negative = velocity.chunk(2)
-        return negative + scale * (positive - negative)
-
-    def _denoise(self, tick: int, call: Call) -> None:
+    def _denoise(self, tick: int, call: Call) -> Work:
         begin = time.perf_counter()
-        (row,) = call.rows
-        row = row.carrying(self.owed)
+        dues = [self._due_row(tick, call, row.carrying(self.owed)) for row in call.rows]
+        velocities = yield [due.work for due in dues]
+        moved = [step for due, velocity in zip(dues, velocities, strict=True) for step in self._stepped(due, velocity)]
+        for due in dues:
+            self._keep(due)
+        for flight, x, p in moved:  # nothing has changed before: an exception leaves the call to be made again
+            flight.x, flight.p = x, p
+        self.timings.add("denoise", begin)
+
+    def _due_row(self, tick: int, call: Call, row: Row) -> Due:
         flights = [self._flight(slot) for slot in row.slots]
         frames = tuple(f.frames for f in flights)
-        levels = [self._level(slot) for slot in row.slots]
+        levels = [self._level(slot, flight) for slot, flight in zip(row.slots, flights, strict=True)]
+        expert = self._expert(row, levels)
+        plan, context = self._context(call, row, frames, expert)
+        self._record(tick, call, row, frames, levels, plan, expert)
+        texts = [self._commit_text(f.text) if s.op is SlotOp.CLEAN else f.text for s, f in zip(row.slots, flights)]
+        text, which = self._told(texts, frames)
+        work = BoundRow(
+            expert, _joined([f.x for f in flights]).to(self.dtype), _joined([f.channels for f in flights]),
+            self._timestep(levels, frames), text, context, which, self._scale(texts, frames),
+        )  # fmt: skip
+        return Due(row, flights, frames, plan, work)
+
+    def _expert(self, row: Row, levels: list[float]) -> int:
         experts = {self.engine.expert_for(level) for level, slot in zip(levels, row.slots) if slot.op is SlotOp.STEP}
         if len(experts) > 1:
             raise InputError("chunks in flight straddle experts.boundary: two experts need schedule.coupling=solo")
         (expert,) = experts
-        plan, context = self._context(call, row, frames, expert)
-        self._record(tick, call, row, frames, levels, plan, expert)
-        x, channels = _joined([f.x for f in flights]), _joined([f.channels for f in flights])
-        timestep = self._timestep(levels, frames)
-        texts = [self._commit_text(f.text) if s.op is SlotOp.CLEAN else f.text for s, f in zip(row.slots, flights)]
-        text, which = self._told(texts, frames)
-        scale = self._scale(texts, frames)
-        velocity = self._forward(expert, x, channels, timestep, text, context, prompt_index=which, scale=scale)
-        moved = []
-        for slot, flight, part in zip(row.slots, flights, velocity.split([len(f) for f in frames], 2), strict=True):
+        return expert
+
+    def _stepped(self, due: Due, velocity: Tensor) -> Iterator[tuple[Flight, Tensor, int]]:
+        """The chunks of a row, where a step takes them, and its number."""
+        parts = velocity.split([len(part) for part in due.frames], 2)
+        for slot, flight, part in zip(due.row.slots, due.flights, parts, strict=True):
             if slot.op is SlotOp.STEP:
                 fresh = partial(self._noise, "renoise", flight.frames, slot.p_in)
-                x = self.engine.ladder_of(slot.chunk).step(flight.x, part, slot.p_in, fresh)
-                moved.append((flight, x, slot.p_out))
-        published = row.published(frames)
-        self.stores[expert].stage(plan, context)
+                yield flight, flight.ladder.step(flight.x, part, slot.p_in, fresh), slot.p_out
+
+    def _keep(self, due: Due) -> None:
+        """What a row that is through leaves for later ones."""
+        cache, work = self.caches[due.row.lane], due.work
+        store = cache.stores[work.expert]
+        store.stage(due.plan, work.context)
+        published = due.row.published(due.frames)
         if published:
-            self._publish([(self.stores[expert], plan, context, text.keys[expert])], published)
-        for flight, x, p in moved:  # nothing has changed before: an exception leaves the call to be made again
-            flight.x, flight.p = x, p
-        self.timings.add("denoise", begin)
+            self._publish(cache, [(store, due.plan, work.context, work.keys)], published)
 
     def _flight(self, slot: Slot) -> Flight:
         """The chunk of a slot: in flight, or just finished and riding along to be published."""
         return self.flight[slot.chunk] if slot.op is not SlotOp.CLEAN else self.owed[slot.chunk]
 
-    def _level(self, slot: Slot) -> float:
+    def _level(self, slot: Slot, flight: Flight) -> float:
         """The timestep a slot is fed with."""
         if slot.op is SlotOp.CLEAN:
             return self.engine.config.schedule.commit_level
-        return self.engine.ladder_of(slot.chunk).timesteps[slot.p_in]
+        return flight.ladder.timesteps[slot.p_in]
 
     def _told(self, texts: list[Text], frames: tuple[range, ...]) -> tuple[Text, Tensor | None]:
         """One text for a whole call, or several beside each other and the one each frame reads, [branches·B, F]."""
@@ -459,11 +519,11 @@ class Rollout:
         positive = text.embeds.chunk(2)[0].repeat(2, 1, 1)
         return self.engine.keyed(positive, text.epoch, text.image)
 
-    def _publish(self, calls: list[tuple], frames: list[int]) -> None:
+    def _publish(self, cache: LaneCache, calls: list[tuple], frames: list[int]) -> None:
         """Make finished calls visible to later ones, all of them or none, and tell the policy."""
         for store, plan, context, text in calls:
             store.publish(plan, context, text)
-        self.policy.commit(frames)
+        cache.policy.commit(frames)
         self.owed = {chunk: flight for chunk, flight in self.owed.items() if flight.frames.start not in frames}
         self._plans = {}  # they followed what was committed before
 
@@ -471,7 +531,7 @@ class Rollout:
         """Plans and their angles are shared by all steps of a chunk; training binds each forward anew."""
         if isinstance(self.store, GraphStore):
             return self._bind(call, row, frames, expert)
-        key = (row.lane, frames, expert, self.policy.variant(row))
+        key = (row.lane, frames, expert, self.caches[row.lane].policy.variant(row))
         if key not in self._plans:
             self._plans[key] = self._bind(call, row, frames, expert)
         return self._plans[key]
@@ -484,24 +544,24 @@ class Rollout:
         return torch.tensor([per_frame], device=self.device)
 
     def _clean(
-        self, tick: int, call: Call, row: Row, x: Tensor, channels: Tensor | None, frames: list[range], text: Text
-    ) -> None:
+        self, tick: int, call: Call, x: Tensor, channels: Tensor | None, frames: list[range], text: Text
+    ) -> Work:
         """Finished latents once more, for their keys and values in every expert's cache.
 
         Nothing is published before every expert is through: an exception in between leaves the commit owed.
         """
         begin = time.perf_counter()
-        level, text = self.engine.config.schedule.commit_level, self._commit_text(text)
-        calls = []
-        for expert, store in enumerate(self.stores):
+        (row,), text = call.rows, self._commit_text(text)
+        cache, level = self.caches[row.lane], self.engine.config.schedule.commit_level
+        timestep, calls = self._timestep([level], tuple(frames)), []
+        for expert, store in enumerate(cache.stores):
             plan, context = self._bind(call, row, tuple(frames), expert)
             if not plan.publishes:  # nobody would read it
                 continue
             self._record(tick, call, row, tuple(frames), [level], plan, expert)
-            timestep = self._timestep([level], tuple(frames))
-            self._forward(expert, x, channels, timestep, text, context, commit_only=True)
+            yield [BoundRow(expert, x.to(self.dtype), channels, timestep, text, context, commit_only=True)]
             calls.append((store, plan, context, text.keys[expert]))
-        self._publish(calls, [f for part in frames for f in part])
+        self._publish(cache, calls, [f for part in frames for f in part])
         self.timings.add("commit" if call.source == "flight" else "recache", begin)
 
     def _record(
@@ -522,6 +582,7 @@ class Rollout:
                 query_positions=tuple(g.query_positions for g in plan.groups),
                 writes=tuple(w.frame for w in plan.writes),
                 expert=expert,
+                level=row.lane.level,
             )
         )
 

@@ -30,7 +30,7 @@ class OpKind(Enum):
 class Op:
     kind: OpKind
     chunk: int
-    lanes: tuple[int, ...] = ()  # CLONE: from the first to the others
+    lanes: tuple[Lane, ...] = ()  # CLONE: from the first to the others
 
 
 class CallKind(Enum):
@@ -62,7 +62,7 @@ class Slot:
 class Lane:
     """What kind of state a row belongs to; each lane keeps a cache of its own. Presets add the fields they use."""
 
-    branch: str = "positive"  # of guidance
+    level: int | None = None  # step of the ladder, where every step keeps a cache of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Schedule(Protocol):
         ...
 
     def in_flight(self, steps: Steps, chunks: int | None = None) -> int:
-        """The most chunks that share a call, in a stream of `chunks`; those that ride along to be published count."""
+        """The most chunks that share a row, in a stream of `chunks`; those that ride along to be published count."""
         ...
 
 
@@ -140,21 +140,23 @@ class ScheduleOptions:
 
     Args:
         stagger: "solo" = a chunk enters when the one before it has finished; a number of ticks between two entries; or
-            a list of them, the last repeats.
+            a list of these, the last repeats.
         commit: "separate" runs a finished chunk once more at its commit level; "fused" lets it ride along with the next
             call; "inplace" keeps the keys and values of its last step; "none" never publishes it.
+        clone: the first chunk, alone, fills the caches of all levels with the keys and values of its last step.
     """
 
     stagger: Any = "solo"
     commit: str = "separate"
+    clone: bool = False
 
     def __post_init__(self) -> None:
         if self.commit not in COMMITS:
             raise InputError(f"schedule.commit {self.commit!r} is unknown: use {', '.join(COMMITS)}")
         gaps = self.gaps
-        if self.stagger != "solo" and not (gaps and all(type(gap) is int and gap >= 0 for gap in gaps)):
+        if not gaps or not all(gap == "solo" or type(gap) is int and gap >= 0 for gap in gaps):
             raise InputError(
-                f"schedule.stagger {self.stagger!r} is unknown: use solo, a number of ticks, or a list of such numbers"
+                f"schedule.stagger {self.stagger!r} is unknown: use solo, a number of ticks, or a list of these"
             )
 
     @property
@@ -172,6 +174,14 @@ class Staggered:
     def rows(self, slots: tuple[Slot, ...]) -> tuple[Row, ...]:
         """Rows of a tick, from the slots that are due, oldest chunk first."""
         raise NotImplementedError
+
+    def keeps(self, p: int, steps: int) -> bool:
+        """Whether a commit in place keeps the keys and values of step p of so many."""
+        return p + 1 == steps
+
+    def ops(self, chunk: int, steps: Steps) -> tuple[Op, ...]:
+        """What happens as a chunk enters."""
+        return (Op(OpKind.BEGIN, chunk),)
 
     @property
     def bursts(self) -> bool:
@@ -225,13 +235,13 @@ class Staggered:
         commit = self.options.commit
         clean = tuple(clean_slot(k, steps) for k in owed)
         slots = tuple(
-            Slot(k, SlotOp.STEP, p, p + 1, publish=commit == "inplace" and p + 1 == steps(k))
+            Slot(k, SlotOp.STEP, p, p + 1, publish=commit == "inplace" and self.keeps(p, steps(k)))
             for k, p in levels.items()
         )
         done = tuple(slot.chunk for slot in slots if slot.p_out == steps(slot.chunk))
         return Tick(
             index,
-            ops=tuple(Op(OpKind.BEGIN, chunk) for chunk in begins),
+            ops=tuple(op for chunk in begins for op in self.ops(chunk, steps)),
             calls=(Call(CallKind.DENOISE, self.rows(clean + slots)),),
             emits=done,
             commits=tuple(clean_call((k,), steps) for k in done) if commit == "separate" else (),
@@ -243,7 +253,7 @@ class Staggered:
             seen = listed if self.bursts else listed + HORIZON
             chunks = seen if chunks is None else min(seen, chunks)
         calls = (call for tick in self.ticks(steps, chunks) for call in tick.calls)
-        return max(sum(len(row.slots) for row in call.rows) for call in calls)
+        return max(len(row.slots) for call in calls for row in call.rows)
 
 
 @register_schedule("solo", ScheduleOptions)
@@ -276,6 +286,58 @@ class JointCausalSchedule(Staggered):
 
     def rows(self, slots: tuple[Slot, ...]) -> tuple[Row, ...]:
         return (Row(slots, causal=True),)
+
+
+@register_schedule("rows", ScheduleOptions)
+class RowsSchedule(Staggered):
+    """Chunks in flight are rows of one batch that do not see each other: step p of a chunk reads what step p of earlier
+    ones left, from a cache per step (StreamDiffusionV2, arXiv:2511.07399; Live Avatar's timestep pipeline).
+
+    The rows of a tick may run in any order, or each on a device of its own: only latents pass from one to the next.
+    """
+
+    def __init__(self, options: ScheduleOptions) -> None:
+        if options.commit != "inplace":
+            raise InputError(
+                f"schedule.commit={options.commit} publishes finished chunks, and schedule.coupling=rows keeps the "
+                "keys and values of every step: use inplace"
+            )
+        if 0 in options.gaps:
+            raise InputError(
+                f"schedule.stagger={options.stagger} would put two chunks at the same step of schedule.coupling=rows, "
+                "which has one cache per step: use 1 or more"
+            )
+        if options.clone and options.gaps[0] != "solo":
+            raise InputError(
+                f"schedule.clone copies what the first chunk left alone, and schedule.stagger={options.stagger} lets "
+                "others enter before it is finished: use [solo, 1]"
+            )
+        super().__init__(options)
+
+    def rows(self, slots: tuple[Slot, ...]) -> tuple[Row, ...]:
+        """The newest chunk first: row p of a full pipeline is at step p."""
+        return tuple(Row((slot,), lane=Lane(slot.p_in)) for slot in reversed(slots))
+
+    def keeps(self, p: int, steps: int) -> bool:
+        return True
+
+    def ops(self, chunk: int, steps: Steps) -> tuple[Op, ...]:
+        ops = super().ops(chunk, steps)
+        if not (self.options.clone and chunk == 1):
+            return ops
+        last = steps(0) - 1
+        lanes = (Lane(last), *(Lane(p) for p in range(_longest(steps)) if p != last))
+        return (Op(OpKind.CLONE, 0, lanes), *ops)
+
+
+def lanes(schedule: Schedule, steps: Steps, chunks: int | None = None) -> tuple[Lane, ...]:
+    """The kinds of state a stream keeps, in the order they are used."""
+    ticks = islice(schedule.ticks(steps, chunks), HORIZON + _longest(steps))
+    return tuple(dict.fromkeys(row.lane for tick in ticks for call in tick.calls for row in call.rows))
+
+
+def _longest(steps: Steps) -> int:
+    return max(steps(chunk) for chunk in range(HORIZON))
 
 
 def until_emission(ticks: Iterator[Tick]) -> list[Tick]:

@@ -15,14 +15,14 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from streamgen.config import SWITCH_MODES, check_choice
+from streamgen.config import SWITCH_MODES, ChunkConfig, check_choice
 from streamgen.engine import Engine, LatentChunk, pad_rows
 from streamgen.errors import BrokenStreamError, InputError
 from streamgen.models.codecs import Codec
 from streamgen.noise import SeededNoise
 from streamgen.schedules import begins, until_emission
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,10 +111,9 @@ def check_frames(pixels: Tensor, index: int) -> None:
         )
 
 
-def latent_frames_for(num_frames: int, ratio: int, chunk: int) -> int:
+def latent_frames_for(num_frames: int, ratio: int, chunk: ChunkConfig) -> int:
     """Latent frames, in whole chunks, that cover `num_frames` pixels frames (the first latent is one frame)."""
-    latents = 1 + -(-(num_frames - 1) // ratio)
-    return -(-latents // chunk) * chunk
+    return chunk.whole(1 + -(-(num_frames - 1) // ratio))
 
 
 class StreamSession:
@@ -187,7 +186,7 @@ class StreamSession:
         if self.spec.num_frames is None:
             return None
         left = self.spec.num_frames - self.delivered
-        return latent_frames_for(left, self.codec.temporal_ratio, self.engine.config.chunk.latent_frames)
+        return latent_frames_for(left, self.codec.temporal_ratio, self.engine.config.chunk)
 
     @property
     def finished(self) -> bool:
@@ -316,7 +315,7 @@ class StreamSession:
         if not reset:
             return self._first + self._rollout.takes_effect(after_next=self._finished is None)
         frames, engine = self._frames_left(), self.engine
-        chunks = None if frames is None else frames // engine.config.chunk.latent_frames
+        chunks = None if frames is None else engine.config.chunk.count(frames)
         ticks = until_emission(engine.schedule.ticks(engine.steps, chunks))
         return self.index + (len(ticks[-1].emits) if self._rollout.follows else begins(ticks))
 

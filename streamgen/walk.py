@@ -15,12 +15,12 @@ from streamgen.cache.plan import Plan
 from streamgen.engine import Engine
 from streamgen.errors import InputError
 from streamgen.rollout import build_policy
-from streamgen.schedules import HORIZON, Call, OpKind, Row, clean_call
+from streamgen.schedules import HORIZON, Call, OpKind, Row, clean_call, lanes
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedCall:
-    """One forward: its row, each slot's latent frames, its plan, and the chunks that leave once it is through.
+    """A row of a forward: each slot's latent frames, its plan, and the chunks that leave once it is through.
 
     `tick` of a re-encoding (`call.source` "past") is the one it runs before.
     """
@@ -48,50 +48,58 @@ def walk(engine: Engine, chunks: int | None = None, switches: Sequence[int] = ()
         chunks: None = endless.
         switches: latent frames at which a new prompt is asked for; `switch.mode` says what that does to the cache.
     """
-    config, size, due = engine.config, engine.config.chunk.latent_frames, sorted(switches)
+    config, chunk, due = engine.config, engine.config.chunk, sorted(switches)
     if due and config.switch.mode == "reset":
         raise InputError("switch.mode=reset begins a new stream, walked like the first: use keep, recache or cut")
-    flight = engine.schedule.in_flight(engine.steps, chunks) * size
-    policy = build_policy(config, flight, None if chunks is None else chunks * size)
+    flight = engine.schedule.in_flight(engine.steps, chunks) * chunk.largest
+    total = chunk.frames(chunks - 1).stop if chunks else None
+    new = lambda: build_policy(config, flight, total)
+    policies = {lane: new() for lane in lanes(engine.schedule, engine.steps, chunks)}
     pending: list[tuple[int, Call]] = []  # commits that run before the next tick
     owed: tuple[int, ...] = ()  # finished, published by the next call
 
     def parts(row: Row) -> tuple[range, ...]:
-        return tuple(range(slot.chunk * size, (slot.chunk + 1) * size) for slot in row.slots)
+        return tuple(chunk.frames(slot.chunk) for slot in row.slots)
 
     def clean(tick: int, call: Call, frames: range | None = None) -> Iterator[PlannedCall]:
         row = call.rows[0]
-        spans = parts(row) if frames is None else (frames,)
+        spans, policy = parts(row) if frames is None else (frames,), policies[row.lane]
         plan = policy.plan(call, row, spans)
         policy.commit([frame for span in spans for frame in span])
         if plan.publishes:  # otherwise nobody would read it
             yield PlannedCall(tick, call, row, spans, plan)
 
     def switch(tick: int, requested: int) -> Iterator[PlannedCall]:
-        for chunk in owed:
-            yield from clean(tick, clean_call((chunk,), engine.steps))
-        frames = policy.switch(config.switch.mode, requested)
-        if frames is not None:
-            again = tuple(range(frames.start // size, -(-frames.stop // size)))
-            yield from clean(tick, clean_call(again, engine.steps, source="past"), frames)
-        policy.switched(config.switch.mode, requested)
+        for index in owed:
+            yield from clean(tick, clean_call((index,), engine.steps))
+        for policy in policies.values():
+            frames = policy.switch(config.switch.mode, requested)
+            if frames is not None:
+                again = tuple(range(chunk.holding(frames.start), chunk.holding(frames.stop - 1) + 1))
+                yield from clean(tick, clean_call(again, engine.steps, source="past"), frames)
+            policy.switched(config.switch.mode, requested)
 
     for tick in engine.schedule.ticks(engine.steps, chunks):
         for index, call in pending:
             yield from clean(index, call)
         for op in tick.ops:
-            asked = [frame for frame in due if op.kind is OpKind.BEGIN and frame <= op.chunk * size]
+            asked = [frame for frame in due if op.kind is OpKind.BEGIN and frame <= chunk.frames(op.chunk).start]
             if asked:  # of several that fell into one chunk the newest counts
                 yield from switch(tick.index, asked[-1])
                 owed, due = (), due[len(asked) :]
+            if op.kind is OpKind.CLONE:
+                for lane in op.lanes[1:]:
+                    policies[lane] = new()
+                    policies[lane].load_state_dict(policies[op.lanes[0]].state_dict())
         for call in tick.calls:
-            (row,) = call.rows
-            row = row.carrying(owed)
-            plan = policy.plan(call, row, parts(row))
-            published = row.published(parts(row))
-            if published:
-                policy.commit(published)
-            yield PlannedCall(tick.index, call, row, parts(row), plan, tick.emits if call is tick.calls[-1] else ())
+            for row in call.rows:
+                row, policy = row.carrying(owed), policies[row.lane]
+                plan = policy.plan(call, row, parts(row))
+                published = row.published(parts(row))
+                if published:
+                    policy.commit(published)
+                last = call is tick.calls[-1] and row.lane == call.rows[-1].lane
+                yield PlannedCall(tick.index, call, row, parts(row), plan, tick.emits if last else ())
         pending = [(tick.index, call) for call in tick.commits]
         owed = tick.emits if config.schedule.commit == "fused" else ()
 
@@ -113,10 +121,15 @@ def cost(engine: Engine) -> Cost:
     """What a stream of this configuration costs, once it is long enough to repeat itself."""
     shorter, longer = (list(walk(engine, chunks)) for chunks in (HORIZON, HORIZON + 1))
     frames = lambda calls: sum(len(part) for call in calls for part in call.frames)
-    bounded = engine.config.cache.window != -1
+    bounded, caches = engine.config.cache.window != -1, len(lanes(engine.schedule, engine.steps, HORIZON))
     return Cost(
         first=next(call.tick for call in longer if call.emits) + 1,
-        calls=len(longer) - len(shorter),
+        calls=_forwards(longer) - _forwards(shorter),
         frames=frames(longer) - frames(shorter),
-        kept=build_policy(engine.config, engine.flight_frames, None).pages if bounded else None,
+        kept=caches * build_policy(engine.config, engine.flight_frames, None).pages if bounded else None,
     )
+
+
+def _forwards(calls: list[PlannedCall]) -> int:
+    """Rows of one call run together."""
+    return sum(1 for i, call in enumerate(calls) if not i or call.call is not calls[i - 1].call)

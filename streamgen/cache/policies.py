@@ -83,6 +83,7 @@ class WindowOptions:
         ema_precision: "fp32" keeps the fold's sums apart, "cache" in the cache's dtype as released.
         span: temporal positions the model was trained on.
         switch_sink: at a switch "keep" the sink, or "replace" it by the first frames that are re-encoded.
+        lead: frames that the position rule "ahead" puts the sink ahead of the call.
     """
 
     window: int = 21
@@ -94,6 +95,7 @@ class WindowOptions:
     ema_precision: str = "fp32"
     switch_sink: str = "keep"
     span: int = 21
+    lead: int = 0
 
     def __post_init__(self) -> None:
         if self.sink < 0:
@@ -114,6 +116,11 @@ class WindowOptions:
         if self.ema_decay is not None:
             self._check_ema()
         position_rule(self.positions)
+        if (self.positions == "ahead") != (self.lead > 0):
+            raise InputError(
+                f"positions.lead={self.lead} and positions.rule={self.positions} do not go together: rule ahead needs "
+                "a lead of 1 or more, the others have none"
+            )
         if self.positions == "tri-region" and not 0 < self.window <= self.span:
             raise InputError(
                 f"positions.rule=tri-region holds a window within positions.span={self.span}, and cache.window is "
@@ -140,7 +147,7 @@ class WindowOptions:
             rule_for_parts(config, "schedule.commit=fused")
         return cls(
             cache.window, cache.sink, config.positions.rule, cache.capacity, cache.commit_reads, cache.ema_decay,
-            cache.ema_precision, config.switch.sink, config.positions.span,
+            cache.ema_precision, config.switch.sink, config.positions.span, config.positions.lead,
         )  # fmt: skip
 
 
@@ -283,7 +290,8 @@ class WindowPolicy:
         first, stop, end = part
         place = lambda frames: [(frame, self.page(frame)) for frame in frames]
         regions = (("sink", place(sink)), (self.extra_region, extra), ("recent", place(recent)))
-        seen = Seen(sink, [f for f, _ in extra], recent, own[:end], self.options.window, self.options.span)
+        options = self.options
+        seen = Seen(sink, [f for f, _ in extra], recent, own[:end], options.window, options.span, options.lead)
         positions = tuple((rule or self.rule)(seen))
         segments, start = [], 0
         for name, places in regions:
@@ -326,7 +334,7 @@ class WindowPolicy:
             return options.span
         if options.window == -1 or (options.positions == "absolute" and self._lags()):
             return total
-        return min(options.window, total or options.window) + self._extra_frames()
+        return min(options.window, total or options.window) + self._extra_frames() + options.lead
 
     def _lags(self) -> bool:
         """Whether something stays visible that the stream moves away from."""

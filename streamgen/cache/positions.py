@@ -15,7 +15,8 @@ from streamgen.errors import InputError
 class Seen:
     """Stream frames a call reads, region by region in reading order; `own` are the call's.
 
-    `window`: what a step may read besides `extra` (anchors, bank); `span`: positions the model was trained on.
+    `window`: what a step may read besides `extra` (anchors, bank); `span`: positions the model was trained on; `lead`:
+    how far ahead of the call a sink is placed.
     """
 
     sink: Sequence[int]
@@ -24,6 +25,7 @@ class Seen:
     own: Sequence[int]
     window: int
     span: int
+    lead: int = 0
 
 
 def absolute(seen: Seen) -> list[int]:
@@ -54,8 +56,16 @@ def tri_region(seen: Seen) -> list[int]:
     return [*range(len(seen.sink)), *anchors, *(frame - held for frame in (*seen.recent, *seen.own))]
 
 
+def ahead(seen: Seen) -> list[int]:
+    """The sink `lead` frames ahead of the call, once the stream has moved away from it (Live Avatar)."""
+    leads, follows = [*seen.sink, *seen.extra], [*seen.recent, *seen.own]
+    if leads and leads[-1] + 1 < follows[0]:
+        leads = range(seen.own[0] + seen.lead, seen.own[0] + seen.lead + len(leads))
+    return [*leads, *follows]
+
+
 RULES: dict[str, Callable[[Seen], list[int]]] = {
-    "absolute": absolute, "packed": packed, "before": before, "tri-region": tri_region,
+    "absolute": absolute, "packed": packed, "before": before, "tri-region": tri_region, "ahead": ahead,
 }  # fmt: skip
 
 

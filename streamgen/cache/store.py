@@ -329,6 +329,12 @@ class GraphStore:
     def bind(self, plan: Plan, rope: RotaryEmbedding) -> GraphContext:
         return GraphContext(self, plan, rope)
 
+    def fork(self) -> GraphStore:
+        """An independent copy with the same past: gradients of both reach it."""
+        other = GraphStore(self.geometry)
+        other.layers = [dict(pages) for pages in self.layers]
+        return other
+
 
 class GraphContext:
     """Self-attention of one forward over a `GraphStore`, differentiable."""

@@ -157,7 +157,7 @@ def _walked(engine: Engine, ticks: int | None, switches: list[int]) -> Iterator[
     """The calls of so many ticks; None = until `CHUNKS` chunks have left. The stream goes on behind them."""
     from streamgen.walk import walk
 
-    last, flight = ticks, engine.flight_frames // engine.config.chunk.latent_frames
+    last, flight = ticks, engine.chunks_in_flight
     for call in walk(engine, (ticks or CHUNKS) + flight, switches):
         if last is not None and call.tick >= last:
             return

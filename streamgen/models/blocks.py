@@ -46,6 +46,12 @@ class TextKeys:
         values = (torch.cat(layer, 1) for layer in zip(*(part.values for part in parts), strict=True))
         return cls(tuple(keys), tuple(values), parts[0].image_keys, parts[0].image_values)
 
+    @classmethod
+    def stack(cls, parts: Sequence[TextKeys]) -> TextKeys:
+        """The prompts of several samples below each other, as many and as long each."""
+        names = ("keys", "values", "image_keys", "image_values")
+        return cls(*(tuple(map(torch.cat, zip(*(getattr(p, name) for p in parts), strict=True))) for name in names))
+
     def layer(self, index: int) -> KeyValue:
         """One block's keys and values, prompts folded into the batch: [B·P, L, H, D]."""
         return self.keys[index].flatten(0, 1), self.values[index].flatten(0, 1)

@@ -16,7 +16,7 @@ from streamgen.kernels.attention import attend
 from streamgen.kernels.rope import rotate
 from streamgen.models.masks import FrameGroups
 
-__all__ = ["AttentionContext", "DenseContext", "in_order", "take_frames", "token_mask"]
+__all__ = ["AttentionContext", "DenseContext", "RowsContext", "in_order", "take_frames", "token_mask"]
 
 
 @runtime_checkable
@@ -71,6 +71,22 @@ class DenseContext:
 
     def stage(self, layer: int, key: Tensor, value: Tensor) -> None:
         raise NotImplementedError("a DenseContext keeps nothing: commit_only needs a context with a cache")
+
+
+class RowsContext:
+    """Rows of one batch that remember different things: each part of it goes to a context of its own."""
+
+    def __init__(self, contexts: Sequence[AttentionContext], batch: int) -> None:
+        """`batch`: of each part."""
+        self.contexts, self.batch = contexts, batch
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        parts = zip(self.contexts, *(x.split(self.batch) for x in (query, key, value)), strict=True)
+        return torch.cat([context.attend(layer, q, k, v) for context, q, k, v in parts])
+
+    def stage(self, layer: int, key: Tensor, value: Tensor) -> None:
+        for context, k, v in zip(self.contexts, key.split(self.batch), value.split(self.batch), strict=True):
+            context.stage(layer, k, v)
 
 
 def take_frames(x: Tensor, frames: Sequence[int], tokens: int) -> Tensor:

@@ -12,6 +12,7 @@ from streamgen.config import load_preset
 from streamgen.engine import Engine
 from streamgen.models.loading import load_transformer
 from streamgen.noise import TensorNoise
+from streamgen.source import MotionStrength
 
 FOLDER = Path(__file__).parents[1] / "golden"
 PRESETS = {
@@ -23,6 +24,7 @@ PRESETS = {
     "diagonal_distill": ["diagonal"],
     "anchor_forcing_switch": ["anchor-forcing"],
     "memflow_bank": ["memflow"],
+    "streamdiffusionv2_stream": ["streamdiffusion-v2"],
 }
 SHAPE = (
     "patch_size", "text_len", "in_dim", "dim", "ffn_dim", "freq_dim", "text_dim", "out_dim", "num_heads", "num_layers",
@@ -45,12 +47,18 @@ class Case:
         self.noise = TensorNoise(video("noise"), video("renoise"))
         self.context, self.timesteps = tensors["io.context"], tensors["io.timesteps"]
         self.latents, self.first_velocity = video("latents"), video("first_velocity")
+        self.conditions = None
+        if "io.clean_latents" in tensors:
+            first = [config["denoising_step_list"][0], *tensors["io.first_step_timestep"]]
+            strength = tensors["io.noise_scale"]
+            self.conditions = {"video": video("clean_latents"), "strength": strength, "first_timestep": first}
+            self.pixels = tensors["io.video_for_noise_scale"]
         self.switches = {frame: tensors["io.context_1"] for frame in config.get("switch_frame_indices", [])}
         preset, *overrides = PRESETS[name]
         self.engine = Engine(self.transformer, load_preset(preset, overrides))
 
     def run(self) -> torch.Tensor:
-        chunks = self.engine.run(self.context, self.noise, switches=self.switches)
+        chunks = self.engine.run(self.context, self.noise, switches=self.switches, conditions=self.conditions)
         return torch.cat([chunk.latents for chunk in chunks], 2)
 
 
@@ -123,3 +131,13 @@ def test_trace_of_the_windowed_run_shows_sink_and_recent_frames():
         assert call.writes == (tuple(range(3 * chunk, 3 * chunk + 3)) if call.kind == "clean" else ())
     levels = [call.timesteps for call in calls[:5]]
     assert [round(level, 3) for (level,) in levels] == [1000, 937.5, 833.333, 625, 0]
+
+
+def test_strength_follows_motion_as_published():
+    """The first chunk shows five frames, the others four."""
+    case, motion = Case("streamdiffusionv2_stream"), MotionStrength(0.8)
+    parts = case.pixels.split([5] + [4] * 13, 2)
+    found = [motion.next(part) for part in parts]
+    strengths, timesteps = zip(*found)
+    torch.testing.assert_close(torch.tensor(strengths), case.conditions["strength"], atol=1e-6, rtol=0)
+    assert list(timesteps) == [int(t) for t in case.conditions["first_timestep"][:14]]

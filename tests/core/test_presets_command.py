@@ -46,6 +46,8 @@ class Keys:
     def join(parts):
         return parts[0]
 
+    stack = join
+
 
 @pytest.fixture
 def stub(tiny):
@@ -69,10 +71,10 @@ def engine_of(name: str, *overrides: str, model=None) -> Engine:
 def ran(engine: Engine, chunks: int, switches: list[int]) -> list[tuple]:
     """What the engine traced, with weights."""
     engine.tracing = True
-    text, size = torch.ones(1, 2, 4), engine.config.chunk.latent_frames
+    text, frames = torch.ones(1, 2, 4), engine.config.chunk.frames(chunks - 1).stop
     told = {frame: text + i + 1 for i, frame in enumerate(switches)}
     with torch.no_grad():
-        for _ in engine.run(text, SeededNoise(0), chunks * size, (2, 2), switches=told):
+        for _ in engine.run(text, SeededNoise(0), frames, (2, 2), switches=told):
             pass
     return [
         (c.tick, c.kind, c.source, c.chunks, c.frames, c.key_frames, c.key_positions, c.query_positions, c.writes)

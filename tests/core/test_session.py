@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamgen.config import load_preset
+from streamgen.config import ChunkConfig, load_preset
 from streamgen.errors import BrokenStreamError, InputError
 from streamgen.models.text import TextEncoder, build_tokenizer
 from streamgen.models.vae import StreamingVAE
@@ -132,7 +132,7 @@ def test_num_frames_is_exact(pipe, count):
 
 
 def test_latent_frames_cover_the_pixels_asked_for():
-    assert [latent_frames_for(n, 4, 3) for n in (1, 9, 10, 21, 22, 81)] == [3, 3, 6, 6, 9, 21]
+    assert [latent_frames_for(n, 4, ChunkConfig(3)) for n in (1, 9, 10, 21, 22, 81)] == [3, 3, 6, 6, 9, 21]
 
 
 def test_a_clip_is_the_beginning_of_a_longer_one(pipe):

@@ -17,10 +17,16 @@ from safetensors.torch import save_file
 
 NAMES = (
     "self_forcing_full", "self_forcing_window9_sink3", "rolling_forcing_long", "reward_forcing_ema_sink_alpha09",
-    "longlive_prompt_switch", "diagonal_distill", "anchor_forcing_switch", "memflow_bank",
+    "longlive_prompt_switch", "diagonal_distill", "anchor_forcing_switch", "memflow_bank", "streamdiffusionv2_stream",
 )  # fmt: skip
 WEIGHTS = "self_forcing_weights"
-KEPT = {f"io.{key}" for key in ("noise", "renoise", "context", "context_1", "latents", "timesteps", "first_velocity")}
+KEPT = {
+    f"io.{key}"
+    for key in (
+        "noise", "renoise", "context", "context_1", "latents", "timesteps", "first_velocity", "clean_latents",
+        "noise_scale", "first_step_timestep", "video_for_noise_scale",
+    )
+}  # fmt: skip
 
 
 def slim(source: Path, target: Path) -> None:
@@ -39,9 +45,19 @@ def slim(source: Path, target: Path) -> None:
         config = json.loads(metadata["config"])
         config.pop("substitutions", None)
         calls = [call for call in json.loads(metadata.get("trace", "[]")) if call["kind"] == "denoise"]
-        seen = [[call["frames"], call["q_pos"], [run[1:] for run in call["keys"]]] for call in calls]
+        seen = [row for call in calls for row in rows(call, config, len(calls))]
         text = {"config": json.dumps(config), "seen": json.dumps(seen)}
         save_file(kept, target / f"{name}.safetensors", metadata=text)
+
+
+def rows(call: dict, config: dict, calls: int) -> list:
+    """What each row of a call saw; rows of a batch that hold nothing yet, or what only drains it, are left out."""
+    if call["fn"] != "inference_stream":
+        return [[call["frames"], call["q_pos"], [run[1:] for run in call["keys"]]]]
+    tick = call["i"] - (calls - config["num_stream_calls"])
+    parts = enumerate(zip(call["frames"], call["q_pos"], call["keys"], strict=True))
+    real = ((row, part) for row, part in parts if 0 <= tick - row < config["num_chunks"] - 1)
+    return [[frames, at, [run[2:] for run in keys]] for _, (frames, at, keys) in real]
 
 
 if __name__ == "__main__":
