@@ -36,34 +36,6 @@ COUPLED = {  # what no preset uses yet
 }
 
 
-class Keys:
-    """A prompt's keys, one tensor [B, P, L, 1, D] per layer, as a bank reads them."""
-
-    def __init__(self, keys):
-        self.keys = keys
-
-    @staticmethod
-    def join(parts):
-        return parts[0]
-
-    stack = join
-
-
-@pytest.fixture
-def stub(tiny):
-    """An attention layer that does not mind what it is told."""
-
-    class Stub(tiny.stub):
-        def text_keys(self, embeds):
-            return Keys([embeds[:, None, :, None]])  # of the only layer
-
-        def forward(self, x, timestep, prompt_index=None, **more):
-            x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # channels last: a token's lie side by side
-            return super().forward(x, timestep, **more)
-
-    return Stub()
-
-
 def engine_of(name: str, *overrides: str, model=None) -> Engine:
     return Engine(model, load_preset(name, overrides))
 
