@@ -21,7 +21,7 @@ from streamgen.errors import InputError
 from streamgen.ladder import Ladder, build_ladder
 from streamgen.noise import Noise, TensorNoise
 from streamgen.rollout import CallRecord, LatentChunk, Rollout, Text, build_policy
-from streamgen.schedules import SCHEDULES
+from streamgen.schedules import SCHEDULES, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,7 @@ class Engine:
         self.experts = (transformer,) if transformer_2 is None else (transformer, transformer_2)
         if len(self.experts) > 1 and config.experts.boundary is None:
             raise InputError("two transformers need experts.boundary, the timestep below which the second one works")
-        schedule, options = SCHEDULES.get(config.schedule.coupling)
-        self.schedule = schedule(options(stagger=config.schedule.stagger, commit=config.schedule.commit))
+        self.schedule = self._build_schedule()
         self.ladders = self._build_ladders()
         self.records: list[CallRecord] = []
         self.tracing = False
@@ -50,6 +49,16 @@ class Engine:
         roomy = config.cache.sink + 2 * config.chunk.latent_frames
         if config.cache.policy == "window" and 0 < config.cache.window < roomy:
             log.warning("cache.window=%d leaves little memory: %d or more is advised", config.cache.window, roomy)
+
+    def _build_schedule(self) -> Schedule:
+        config = self.config.schedule
+        schedule, options = SCHEDULES.get(config.coupling)
+        if hasattr(options, "from_config"):  # reads shared keys beyond the two that all schedules have
+            return schedule(options.from_config(self.config))
+        try:
+            return schedule(options(stagger=config.stagger, commit=config.commit, **config.options))
+        except TypeError as error:
+            raise InputError(f"schedule.options of schedule {config.coupling!r}: {error}") from None
 
     def _build_ladders(self) -> list[Ladder]:
         ladder = self.config.ladder
@@ -122,6 +131,11 @@ class Engine:
     @property
     def branches(self) -> int:
         return 1 if self.config.guidance.scale == 1 else 2
+
+    @property
+    def reads_negative(self) -> bool:
+        """Whether streams need a negative prompt: for guidance, or for what their commits are told."""
+        return self.branches == 2 or self.config.guidance.commit_branch == "negative"
 
     def start(
         self,

@@ -21,6 +21,8 @@ from streamgen.config import StreamConfig
 from streamgen.errors import InputError
 from streamgen.flight import CallRecord, Channels, Flight, LatentChunk, Text, Timings
 from streamgen.flight_state import restore, save
+from streamgen.held import held_level
+from streamgen.ladder import TRAIN_STEPS
 from streamgen.models.blocks import widen
 from streamgen.schedules import Call, OpKind, Row, Slot, SlotOp, Tick, begins, clean_call, until_emission
 
@@ -36,10 +38,11 @@ def build_policy(config: StreamConfig, flight_frames: int, total_frames: int | N
     if config.schedule.coupling == "joint-causal" and flight_frames > config.chunk.latent_frames:
         if config.cache.window != -1:
             rule_for_parts(config, "schedule.coupling=joint-causal")
-    if config.guidance.commit_branch == "positive" and config.schedule.commit == "inplace":
+    branch = config.guidance.commit_branch
+    if branch != "own" and config.schedule.commit == "inplace":
         raise InputError(
-            "guidance.commit_branch=positive asks for a commit under the prompt, and schedule.commit=inplace has none: "
-            "use separate or fused"
+            f"guidance.commit_branch={branch} asks for a commit under that prompt, and schedule.commit=inplace has "
+            "none: use separate or fused"
         )
     if hasattr(options, "from_config"):  # the package's own read the shared keys
         chosen = options.from_config(config)
@@ -88,11 +91,15 @@ class Rollout:
         self._check_span()
         self._check_experts()
         self.negative = negative_embeds
+        if engine.reads_negative and negative_embeds is None and engine.branches == 1:
+            raise InputError("guidance.commit_branch=negative needs negative_prompt_embeds")
+        self._commit_told: Text | None = None  # the negative prompt, once a commit was told it
         text = engine.text(prompt_embeds, negative_embeds, self.batch, 0, image)
         self.text = replace(text, scale=engine.config.guidance.scale)
         self.image = image
         self.switches: list[tuple[int, Tensor]] = []  # to come: latent frame, text
         self.flight: dict[int, Flight] = {}
+        self.held: dict[int, Flight] = {}  # finished chunks that later calls hold
         self.pending: list[tuple[int, Call, Flight]] = []  # commits owed: tick, call, chunk
         self.past: list[Flight] = []  # recent finished chunks, for re-encoding under a new prompt
         self.next_chunk = 0  # to be delivered
@@ -141,7 +148,7 @@ class Rollout:
         """What chunks are told as they enter, those in flight too if they follow."""
         self.text = text
         if self.follows:
-            for flight in self.flight.values():
+            for flight in (*self.flight.values(), *self.held.values()):
                 flight.text = text
 
     def takes_effect(self, after_next: bool = False) -> int:
@@ -270,6 +277,7 @@ class Rollout:
             self._remember(flight)
             self.ready.append(LatentChunk(flight.x, index, flight.frames.start, flight.text.epoch))
         self.pending = [(tick.index, call, done[call.rows[0].slots[0].chunk]) for call in tick.commits]
+        self.held = {k: flight for k, flight in {**self.held, **done}.items() if k in tick.holds}
         if self.engine.config.schedule.commit == "fused":
             self.owed = done
 
@@ -320,7 +328,7 @@ class Rollout:
         """Raises InputError if chunks in flight could not read this text beside theirs."""
         if self.follows or getattr(self.engine.transformer.config, "text_len", None) is not None:
             return  # the model brings every text to one length
-        lengths = {flight.text.embeds.shape[1] for flight in self.flight.values()}
+        lengths = {flight.text.embeds.shape[1] for flight in (*self.flight.values(), *self.held.values())}
         if lengths - {text.embeds.shape[1]}:
             raise InputError(
                 f"a prompt of {text.embeds.shape[1]} tokens cannot stand beside those of chunks in flight "
@@ -357,6 +365,7 @@ class Rollout:
         other.policy = build_policy(self.engine.config, self.flight_frames, self.num_latent_frames)
         other.policy.load_state_dict(self.policy.state_dict())
         other.flight = {chunk: replace(flight) for chunk, flight in self.flight.items()}
+        other.held = {chunk: replace(flight) for chunk, flight in self.held.items()}
         other.owed = dict(self.owed)
         other.pending, other.past, other.ready = list(self.pending), list(self.past), list(self.ready)
         other._ticks, other._due, other._plans, other.timings = None, [], {}, Timings()
@@ -402,7 +411,8 @@ class Rollout:
         (expert,) = experts
         plan, context = self._context(call, row, frames, expert)
         self._record(tick, call, row, frames, levels, plan, expert)
-        x, channels = _joined([f.x for f in flights]), _joined([f.channels for f in flights])
+        x = _joined([self._fed(slot, flight, tick) for slot, flight in zip(row.slots, flights)])
+        channels = _joined([f.channels for f in flights])
         timestep = self._timestep(levels, frames)
         texts = [self._commit_text(f.text) if s.op is SlotOp.CLEAN else f.text for s, f in zip(row.slots, flights)]
         text, which = self._told(texts, frames)
@@ -423,14 +433,26 @@ class Rollout:
         self.timings.add("denoise", begin)
 
     def _flight(self, slot: Slot) -> Flight:
-        """The chunk of a slot: in flight, or just finished and riding along to be published."""
-        return self.flight[slot.chunk] if slot.op is not SlotOp.CLEAN else self.owed[slot.chunk]
+        """The chunk of a slot: in flight, or finished and held, or just finished and riding along to be published."""
+        if slot.op is SlotOp.CLEAN:
+            return self.owed[slot.chunk]
+        return self.flight[slot.chunk] if slot.chunk in self.flight else self.held[slot.chunk]
+
+    def _fed(self, slot: Slot, flight: Flight, tick: int) -> Tensor:
+        """A chunk's latents as a call sees them; overlap is noised anew every time, up to the level it is fed with."""
+        sigma = self.engine.config.schedule.held.overlap_level / TRAIN_STEPS
+        if not (slot.overlap and sigma):
+            return flight.x
+        return (1 - sigma) * flight.x + sigma * self._noise("context", flight.frames, tick)
 
     def _level(self, slot: Slot) -> float:
         """The timestep a slot is fed with."""
         if slot.op is SlotOp.CLEAN:
             return self.engine.config.schedule.commit_level
-        return self.engine.ladder_of(slot.chunk).timesteps[slot.p_in]
+        timesteps = self.engine.ladder_of(slot.chunk).timesteps
+        if slot.op is SlotOp.HOLD:
+            return held_level(self.engine.config.schedule.held, slot, timesteps)
+        return timesteps[slot.p_in]
 
     def _told(self, texts: list[Text], frames: tuple[range, ...]) -> tuple[Text, Tensor | None]:
         """One text for a whole call, or several beside each other and the one each frame reads, [branches·B, F]."""
@@ -454,7 +476,14 @@ class Rollout:
 
     def _commit_text(self, text: Text) -> Text:
         """What a finished chunk is told as it is published."""
-        if self.engine.config.guidance.commit_branch == "own" or self.engine.branches == 1:
+        branch = self.engine.config.guidance.commit_branch
+        if branch == "negative":
+            if self._commit_told is None:
+                told = self.engine.text(self.negative, self.negative, self.batch, text.epoch, self.image)
+                self._check_length(told)
+                self._commit_told = told
+            return replace(self._commit_told, epoch=text.epoch, scale=text.scale)
+        if branch == "own" or self.engine.branches == 1:
             return text
         positive = text.embeds.chunk(2)[0].repeat(2, 1, 1)
         return self.engine.keyed(positive, text.epoch, text.image)

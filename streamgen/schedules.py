@@ -49,6 +49,7 @@ class Slot:
     """One chunk's part in a row: it comes in at level p_in of its ladder and leaves at p_out.
 
     `publish`: the keys and values of this very call become visible to later ones.
+    `overlap`: a held chunk that was finished before this segment began.
     """
 
     chunk: int
@@ -56,6 +57,7 @@ class Slot:
     p_in: int
     p_out: int
     publish: bool = False
+    overlap: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +104,17 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """`calls` finish `emits`; the commits run after these are emitted, before anything of the next tick."""
+    """`calls` finish `emits`; the commits run after these are emitted, before anything of the next tick.
+
+    `holds`: finished chunks whose latents are kept, for later calls hold them.
+    """
 
     index: int
     ops: tuple[Op, ...]
     calls: tuple[Call, ...]
     emits: tuple[int, ...]
     commits: tuple[Call, ...] = ()
+    holds: tuple[int, ...] = ()
 
 
 Steps = Callable[[int], int]  # chunk -> length of its ladder
@@ -117,7 +123,11 @@ HORIZON = 32  # chunks beyond the last listed ladder and gap that a check looks 
 
 
 class Schedule(Protocol):
-    """What `register_schedule` takes."""
+    """What `register_schedule` takes: `cls(options)`.
+
+    `options` are made from `schedule.stagger`, `schedule.commit` and `schedule.options`, or by their own
+    `from_config(StreamConfig)` if they have one. `period`, if there is one: chunks after which a stream repeats itself.
+    """
 
     def ticks(self, steps: Steps, chunks: int | None, first_tick: int = 0) -> Iterator[Tick]:
         """Ticks for `chunks` chunks in all (None = endless), from tick `first_tick` on."""
