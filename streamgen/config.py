@@ -158,10 +158,29 @@ class LadderConfig:
 
 
 @dataclass
+class HeldConfig:
+    """Chunks that ride along unchanged: see `streamgen.held.HeldOptions`, and, for the levels, `held_level`."""
+
+    chunks: int = 5
+    overlap: int | None = None
+    waiting: bool = True
+    waiting_level: float | None = None
+    done_level: float | None = 0.0
+    overlap_level: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("waiting_level", "done_level", "overlap_level"):
+            level = getattr(self, name)
+            if level is not None and not 0 <= level <= 1000:
+                raise InputError(f"schedule.held.{name} is a timestep in 0-1000, got {level}")
+
+
+@dataclass
 class ScheduleConfig:
     """`coupling` names a registered schedule; the rest as in `streamgen.schedules.ScheduleOptions`.
 
-    `commit_level` is the timestep of the commit forward. `clone`: see `streamgen.schedules.RowsSchedule`.
+    `commit_level` is the timestep of the commit forward. `clone`: see `streamgen.schedules.RowsOptions`; `held`: see
+    `streamgen.held.HeldOptions`; `options` go to external schedules.
     """
 
     coupling: str = "solo"
@@ -169,6 +188,8 @@ class ScheduleConfig:
     commit: str = "separate"
     commit_level: float = 0.0
     clone: bool = False
+    held: HeldConfig = field(default_factory=HeldConfig)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -191,6 +212,7 @@ class CacheConfig:
     `ema_decay`: frames that leave the window are folded into the sink, α·sink + (1 - α)·frame.
     `anchors`: chunks kept for good, each the first one of a prompt; `anchor_every`: one of so many chunks instead, seen
     once `anchor_switch` has left the window.
+    `look_back`: see `streamgen.cache.look_back`.
     """
 
     policy: str = "window"
@@ -203,6 +225,7 @@ class CacheConfig:
     anchors: int = 0
     anchor_every: int | None = None
     anchor_switch: int = 0
+    look_back: list[int] = field(default_factory=list)
     bank: BankConfig = field(default_factory=BankConfig)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -233,7 +256,8 @@ class SwitchConfig:
 
 @dataclass
 class GuidanceConfig:
-    """Classifier-free guidance; scale 1 = one branch. `commit_branch`: own, or positive for both branches."""
+    """Classifier-free guidance; scale 1 = one branch. `commit_branch`: what a commit is told: each branch its own, or
+    all of them the positive, or the negative prompt."""
 
     scale: float = 1.0
     commit_branch: str = "own"
@@ -268,7 +292,7 @@ class StreamConfig:
             raise InputError(f"chunk.first_latent_frames must be at least 1, got {self.chunk.first_latent_frames}")
         check_choice("switch.mode", self.switch.mode, SWITCH_MODES)
         check_choice("switch.in_flight", self.switch.in_flight, ("keep", "follow"))
-        check_choice("guidance.commit_branch", self.guidance.commit_branch, ("own", "positive"))
+        check_choice("guidance.commit_branch", self.guidance.commit_branch, ("own", "positive", "negative"))
         if not 0 <= self.schedule.commit_level < 1000:
             raise InputError(f"schedule.commit_level is a timestep in 0-1000, got {self.schedule.commit_level}")
 

@@ -22,7 +22,7 @@ from streamgen.forward import Forward
 from streamgen.ladder import Ladder, build_ladder
 from streamgen.noise import Noise, TensorNoise
 from streamgen.rollout import CallRecord, LatentChunk, Rollout, Text, build_policy
-from streamgen.schedules import HORIZON, SCHEDULES, lanes
+from streamgen.schedules import HORIZON, SCHEDULES, Schedule, lanes
 from streamgen.source import Source
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,7 @@ class Engine:
         self.experts = (transformer,) if transformer_2 is None else (transformer, transformer_2)
         if len(self.experts) > 1 and config.experts.boundary is None:
             raise InputError("two transformers need experts.boundary, the timestep below which the second one works")
-        schedule, options = SCHEDULES.get(config.schedule.coupling)
-        self.schedule = schedule(self._schedule_options(options))
+        self.schedule = self._build_schedule()
         self.ladders = self._build_ladders()
         self.forward = Forward(self.experts, self.branches)
         self.records: list[CallRecord] = []
@@ -54,11 +53,15 @@ class Engine:
         if config.cache.policy == "window" and 0 < config.cache.window < roomy:
             log.warning("cache.window=%d leaves little memory: %d or more is advised", config.cache.window, roomy)
 
-    def _schedule_options(self, options: type) -> object:
-        """What a schedule is made with; one from outside may know fewer options."""
+    def _build_schedule(self) -> Schedule:
         config = self.config.schedule
-        more = {"clone": True} if config.clone else {}
-        return options(stagger=config.stagger, commit=config.commit, **more)
+        schedule, options = SCHEDULES.get(config.coupling)
+        if hasattr(options, "from_config"):  # reads shared keys beyond the two that all schedules have
+            return schedule(options.from_config(self.config))
+        try:
+            return schedule(options(stagger=config.stagger, commit=config.commit, **config.options))
+        except TypeError as error:
+            raise InputError(f"schedule.options of schedule {config.coupling!r}: {error}") from None
 
     def _build_ladders(self) -> list[Ladder]:
         ladder = self.config.ladder
@@ -136,6 +139,11 @@ class Engine:
     @property
     def branches(self) -> int:
         return 1 if self.config.guidance.scale == 1 else 2
+
+    @property
+    def reads_negative(self) -> bool:
+        """Whether streams need a negative prompt: for guidance, or for what their commits are told."""
+        return self.branches == 2 or self.config.guidance.commit_branch == "negative"
 
     def start(
         self,

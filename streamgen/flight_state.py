@@ -35,6 +35,7 @@ def save(rollout: Rollout) -> dict:
         "switches": list(rollout.switches),
         "text": order.index(id(rollout.text)),
         "flight": {chunk: told(flight) for chunk, flight in rollout.flight.items()},
+        "held": {chunk: told(flight) for chunk, flight in rollout.held.items()},
         "owed": {chunk: told(flight) for chunk, flight in rollout.owed.items()},
         "past": [_saved(flight) for flight in rollout.past],
         "pending": [(tick, told(flight)) for tick, _, flight in rollout.pending],
@@ -57,6 +58,7 @@ def restore(rollout: Rollout, state: dict) -> None:
     rollout.switches = [(frame, embeds) for frame, embeds in state["switches"]]
     rollout.text = texts[state["text"]]
     rollout.flight = {chunk: told(saved) for chunk, saved in state["flight"].items()}
+    rollout.held = {chunk: told(saved) for chunk, saved in state["held"].items()}
     rollout.owed = {chunk: told(saved) for chunk, saved in state["owed"].items()}
     rollout.past = [_flight(engine, saved, rollout.text) for saved in state["past"]]
     rollout.ready = [LatentChunk(**saved) for saved in state["ready"]]
@@ -72,7 +74,8 @@ def restore(rollout: Rollout, state: dict) -> None:
 def _texts(rollout: Rollout) -> Iterator[Text]:
     """Every text that a later call may read."""
     yield rollout.text
-    for flight in (*rollout.flight.values(), *rollout.owed.values(), *(flight for _, _, flight in rollout.pending)):
+    kept = (rollout.flight, rollout.held, rollout.owed)
+    for flight in (*(f for chunks in kept for f in chunks.values()), *(f for _, _, f in rollout.pending)):
         yield flight.text
 
 

@@ -22,6 +22,8 @@ from streamgen.errors import InputError
 from streamgen.flight import CallRecord, Channels, Flight, LatentChunk, Text, Timings
 from streamgen.flight_state import restore, save
 from streamgen.forward import BoundRow, Work
+from streamgen.held import held_level
+from streamgen.ladder import TRAIN_STEPS
 from streamgen.lanes import LaneCache
 from streamgen.schedules import Call, Op, OpKind, Row, Slot, SlotOp, Tick, begins, clean_call, lanes, until_emission
 from streamgen.source import Source
@@ -43,10 +45,11 @@ def build_policy(config: StreamConfig, flight_frames: int, total_frames: int | N
             "schedule.coupling=rows keeps what noisy steps left, which switch.mode=recache cannot renew by a clean "
             "pass: use switch.mode=keep, cut or reset"
         )
-    if config.guidance.commit_branch == "positive" and config.schedule.commit == "inplace":
+    branch = config.guidance.commit_branch
+    if branch != "own" and config.schedule.commit == "inplace":
         raise InputError(
-            "guidance.commit_branch=positive asks for a commit under the prompt, and schedule.commit=inplace has none: "
-            "use separate or fused"
+            f"guidance.commit_branch={branch} asks for a commit under that prompt, and schedule.commit=inplace has "
+            "none: use separate or fused"
         )
     if hasattr(options, "from_config"):  # the package's own read the shared keys
         chosen = options.from_config(config)
@@ -104,11 +107,15 @@ class Rollout:
         self._check_span()
         self._check_experts()
         self.negative = negative_embeds
+        if engine.reads_negative and negative_embeds is None and engine.branches == 1:
+            raise InputError("guidance.commit_branch=negative needs negative_prompt_embeds")
+        self._commit_told: Text | None = None  # the negative prompt, once a commit was told it
         text = engine.text(prompt_embeds, negative_embeds, self.batch, 0, image)
         self.text = replace(text, scale=engine.config.guidance.scale)
         self.image = image
         self.switches: list[tuple[int, Tensor]] = []  # to come: latent frame, text
         self.flight: dict[int, Flight] = {}
+        self.held: dict[int, Flight] = {}  # finished chunks that later calls hold
         self.pending: list[tuple[int, Call, Flight]] = []  # commits owed: tick, call, chunk
         self.past: list[Flight] = []  # recent finished chunks, for re-encoding under a new prompt
         self.next_chunk = 0  # to be delivered
@@ -156,7 +163,7 @@ class Rollout:
         """What chunks are told as they enter, those in flight too if they follow."""
         self.text = text
         if self.follows:
-            for flight in self.flight.values():
+            for flight in (*self.flight.values(), *self.held.values()):
                 flight.text = text
 
     def takes_effect(self, after_next: bool = False) -> int:
@@ -324,6 +331,7 @@ class Rollout:
             self._remember(flight)
             self.ready.append(LatentChunk(flight.x, index, flight.frames.start, flight.text.epoch))
         self.pending = [(tick.index, call, done[call.rows[0].slots[0].chunk]) for call in tick.commits]
+        self.held = {k: flight for k, flight in {**self.held, **done}.items() if k in tick.holds}
         if self.engine.config.schedule.commit == "fused":
             self.owed = done
 
@@ -385,7 +393,7 @@ class Rollout:
         """Raises InputError if chunks in flight could not read this text beside theirs."""
         if self.follows or getattr(self.engine.transformer.config, "text_len", None) is not None:
             return  # the model brings every text to one length
-        lengths = {flight.text.embeds.shape[1] for flight in self.flight.values()}
+        lengths = {flight.text.embeds.shape[1] for flight in (*self.flight.values(), *self.held.values())}
         if lengths - {text.embeds.shape[1]}:
             raise InputError(
                 f"a prompt of {text.embeds.shape[1]} tokens cannot stand beside those of chunks in flight "
@@ -420,6 +428,7 @@ class Rollout:
         other.caches = {lane: cache.fork(self._new_policy()) for lane, cache in self.caches.items()}
         other.channels = self.channels.fork() if self.channels is not None else None
         other.flight = {chunk: replace(flight) for chunk, flight in self.flight.items()}
+        other.held = {chunk: replace(flight) for chunk, flight in self.held.items()}
         other.owed = dict(self.owed)
         other.pending, other.past, other.ready = list(self.pending), list(self.past), list(self.ready)
         other._ticks, other._due, other._plans, other.timings = None, [], {}, Timings()
@@ -453,8 +462,9 @@ class Rollout:
         texts = [self._commit_text(f.text) if s.op is SlotOp.CLEAN else f.text for s, f in zip(row.slots, flights)]
         text, which = self._told(texts, frames)
         work = BoundRow(
-            expert, _joined([f.x for f in flights]).to(self.dtype), _joined([f.channels for f in flights]),
-            self._timestep(levels, frames), text, context, which, self._scale(texts, frames),
+            expert, _joined([self._fed(slot, f, tick) for slot, f in zip(row.slots, flights)]).to(self.dtype),
+            _joined([f.channels for f in flights]), self._timestep(levels, frames), text, context, which,
+            self._scale(texts, frames),
         )  # fmt: skip
         return Due(row, flights, frames, plan, work)
 
@@ -483,13 +493,24 @@ class Rollout:
             self._publish(cache, [(store, due.plan, work.context, work.keys)], published)
 
     def _flight(self, slot: Slot) -> Flight:
-        """The chunk of a slot: in flight, or just finished and riding along to be published."""
-        return self.flight[slot.chunk] if slot.op is not SlotOp.CLEAN else self.owed[slot.chunk]
+        """The chunk of a slot: in flight, or finished and held, or just finished and riding along to be published."""
+        if slot.op is SlotOp.CLEAN:
+            return self.owed[slot.chunk]
+        return self.flight[slot.chunk] if slot.chunk in self.flight else self.held[slot.chunk]
+
+    def _fed(self, slot: Slot, flight: Flight, tick: int) -> Tensor:
+        """A chunk's latents as a call sees them; overlap is noised anew every time, up to the level it is fed with."""
+        sigma = self.engine.config.schedule.held.overlap_level / TRAIN_STEPS
+        if not (slot.overlap and sigma):
+            return flight.x
+        return (1 - sigma) * flight.x + sigma * self._noise("context", flight.frames, tick)
 
     def _level(self, slot: Slot, flight: Flight) -> float:
         """The timestep a slot is fed with."""
         if slot.op is SlotOp.CLEAN:
             return self.engine.config.schedule.commit_level
+        if slot.op is SlotOp.HOLD:
+            return held_level(self.engine.config.schedule.held, slot, flight.ladder.timesteps)
         return flight.ladder.timesteps[slot.p_in]
 
     def _told(self, texts: list[Text], frames: tuple[range, ...]) -> tuple[Text, Tensor | None]:
@@ -514,7 +535,14 @@ class Rollout:
 
     def _commit_text(self, text: Text) -> Text:
         """What a finished chunk is told as it is published."""
-        if self.engine.config.guidance.commit_branch == "own" or self.engine.branches == 1:
+        branch = self.engine.config.guidance.commit_branch
+        if branch == "negative":
+            if self._commit_told is None:
+                told = self.engine.text(self.negative, self.negative, self.batch, text.epoch, self.image)
+                self._check_length(told)
+                self._commit_told = told
+            return replace(self._commit_told, epoch=text.epoch, scale=text.scale)
+        if branch == "own" or self.engine.branches == 1:
             return text
         positive = text.embeds.chunk(2)[0].repeat(2, 1, 1)
         return self.engine.keyed(positive, text.epoch, text.image)

@@ -12,6 +12,7 @@ from enum import Enum
 from itertools import count, islice
 from typing import Any, Protocol
 
+from streamgen.config import StreamConfig
 from streamgen.errors import InputError
 from streamgen.registry import Registry
 
@@ -49,6 +50,7 @@ class Slot:
     """One chunk's part in a row: it comes in at level p_in of its ladder and leaves at p_out.
 
     `publish`: the keys and values of this very call become visible to later ones.
+    `overlap`: a held chunk that was finished before this segment began.
     """
 
     chunk: int
@@ -56,6 +58,7 @@ class Slot:
     p_in: int
     p_out: int
     publish: bool = False
+    overlap: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +105,17 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """`calls` finish `emits`; the commits run after these are emitted, before anything of the next tick."""
+    """`calls` finish `emits`; the commits run after these are emitted, before anything of the next tick.
+
+    `holds`: finished chunks whose latents are kept, for later calls hold them.
+    """
 
     index: int
     ops: tuple[Op, ...]
     calls: tuple[Call, ...]
     emits: tuple[int, ...]
     commits: tuple[Call, ...] = ()
+    holds: tuple[int, ...] = ()
 
 
 Steps = Callable[[int], int]  # chunk -> length of its ladder
@@ -117,7 +124,11 @@ HORIZON = 32  # chunks beyond the last listed ladder and gap that a check looks 
 
 
 class Schedule(Protocol):
-    """What `register_schedule` takes."""
+    """What `register_schedule` takes: `cls(options)`.
+
+    `options` are made from `schedule.stagger`, `schedule.commit` and `schedule.options`, or by their own
+    `from_config(StreamConfig)` if they have one. `period`, if there is one: chunks after which a stream repeats itself.
+    """
 
     def ticks(self, steps: Steps, chunks: int | None, first_tick: int = 0) -> Iterator[Tick]:
         """Ticks for `chunks` chunks in all (None = endless), from tick `first_tick` on."""
@@ -143,12 +154,10 @@ class ScheduleOptions:
             a list of these, the last repeats.
         commit: "separate" runs a finished chunk once more at its commit level; "fused" lets it ride along with the next
             call; "inplace" keeps the keys and values of its last step; "none" never publishes it.
-        clone: the first chunk, alone, fills the caches of all levels with the keys and values of its last step.
     """
 
     stagger: Any = "solo"
     commit: str = "separate"
-    clone: bool = False
 
     def __post_init__(self) -> None:
         if self.commit not in COMMITS:
@@ -288,7 +297,18 @@ class JointCausalSchedule(Staggered):
         return (Row(slots, causal=True),)
 
 
-@register_schedule("rows", ScheduleOptions)
+@dataclass(frozen=True)
+class RowsOptions(ScheduleOptions):
+    """`clone`: the first chunk, alone, fills the caches of all levels with the keys and values of its last step."""
+
+    clone: bool = False
+
+    @classmethod
+    def from_config(cls, config: StreamConfig) -> RowsOptions:
+        return cls(config.schedule.stagger, config.schedule.commit, config.schedule.clone)
+
+
+@register_schedule("rows", RowsOptions)
 class RowsSchedule(Staggered):
     """Chunks in flight are rows of one batch that do not see each other: step p of a chunk reads what step p of earlier
     ones left, from a cache per step (StreamDiffusionV2, arXiv:2511.07399; Live Avatar's timestep pipeline).
@@ -296,7 +316,7 @@ class RowsSchedule(Staggered):
     The rows of a tick may run in any order, or each on a device of its own: only latents pass from one to the next.
     """
 
-    def __init__(self, options: ScheduleOptions) -> None:
+    def __init__(self, options: RowsOptions) -> None:
         if options.commit != "inplace":
             raise InputError(
                 f"schedule.commit={options.commit} publishes finished chunks, and schedule.coupling=rows keeps the "

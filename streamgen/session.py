@@ -169,7 +169,7 @@ class StreamSession:
     def _start(self, embeds: Tensor, frames: int | None = None):
         """A roll-out from frame 0; `frames` latent frames long if given, else what is left to deliver."""
         negative = self.spec.extra.get("negative_prompt_embeds")
-        if negative is None and self.engine.branches == 2:
+        if negative is None and self.engine.reads_negative:
             negative = self._texts([self.spec.negative_prompt])
         return self.engine.start(
             embeds,

@@ -108,24 +108,25 @@ def walk(engine: Engine, chunks: int | None = None, switches: Sequence[int] = ()
 class Cost:
     """Ticks until the first chunk leaves; calls of every further one, its commit too, and the frames in them.
 
-    `kept`: latent frames in memory, None = all there are.
+    Means where several chunks make a segment. `kept`: latent frames in memory, None = all there are.
     """
 
     first: int
-    calls: int
-    frames: int
+    calls: float
+    frames: float
     kept: int | None
 
 
 def cost(engine: Engine) -> Cost:
     """What a stream of this configuration costs, once it is long enough to repeat itself."""
-    shorter, longer = (list(walk(engine, chunks)) for chunks in (HORIZON, HORIZON + 1))
+    period = getattr(engine.schedule, "period", 1)
+    shorter, longer = (list(walk(engine, HORIZON + more)) for more in (0, period))
     frames = lambda calls: sum(len(part) for call in calls for part in call.frames)
     bounded, caches = engine.config.cache.window != -1, len(lanes(engine.schedule, engine.steps, HORIZON))
     return Cost(
         first=next(call.tick for call in longer if call.emits) + 1,
-        calls=_forwards(longer) - _forwards(shorter),
-        frames=frames(longer) - frames(shorter),
+        calls=(_forwards(longer) - _forwards(shorter)) / period,
+        frames=(frames(longer) - frames(shorter)) / period,
         kept=caches * build_policy(engine.config, engine.flight_frames, None).pages if bounded else None,
     )
 

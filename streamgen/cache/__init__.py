@@ -5,6 +5,7 @@
 
 from streamgen.cache.anchors import AnchorPolicy
 from streamgen.cache.bank import BankPolicy
+from streamgen.cache.look_back import LookBackPolicy
 from streamgen.cache.plan import Fold, Group, Plan, Segment, Write
 from streamgen.cache.policies import CachePolicy, Sizes, WindowPolicy, register_policy
 from streamgen.cache.store import CacheContext, GraphStore, KVStore
@@ -18,6 +19,7 @@ __all__ = [
     "GraphStore",
     "Group",
     "KVStore",
+    "LookBackPolicy",
     "Plan",
     "Sizes",
     "Segment",

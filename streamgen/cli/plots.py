@@ -98,7 +98,7 @@ def _on(colour) -> str:
 class Step:
     """A cell of the schedule: the noise level it begins at (None = finished), and what becomes of its chunk."""
 
-    step: int
+    mark: str
     sigma: float | None
     leaves: bool = False
     committed: bool = False
@@ -146,7 +146,8 @@ def schedule_of(engine: Engine, calls: Iterable[PlannedCall]) -> Schedule:
             continue
         for slot in call.row.slots:
             sigma = None if slot.op is SlotOp.CLEAN else engine.ladder_of(slot.chunk).sigmas[slot.p_in]
-            cell = out.cells.setdefault((slot.chunk, call.tick), Step(slot.p_in, sigma))
+            mark = {SlotOp.STEP: str(slot.p_in), SlotOp.HOLD: "=" if slot.p_in else "~", SlotOp.CLEAN: "c"}[slot.op]
+            cell = out.cells.setdefault((slot.chunk, call.tick), Step(mark, sigma))
             cell.leaves |= slot.chunk in call.emits
             cell.committed |= slot.chunk in call.committed
     return out
@@ -276,8 +277,7 @@ def _draw_step(sheet: Sheet, x: float, y: float, wide: float, high: float, cell:
     fill = PAPER if cell.sigma is None else _shade(cell.sigma)
     outline = "#aab1bd" if cell.sigma is None else None
     sheet.box(x + 0.5, y + 0.5, wide - 1, high - 1, fill, outline, 0.5)
-    text = "c" if cell.sigma is None else str(cell.step)
-    sheet.centred(x, y, wide, high - (4 if cell.committed else 0), text, _on(fill))
+    sheet.centred(x, y, wide, high - (4 if cell.committed else 0), cell.mark, _on(fill))
     if cell.committed:
         sheet.box(x + 0.5, y + high - 5, wide - 1, 4.5, COMMIT)
     if cell.leaves:

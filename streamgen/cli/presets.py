@@ -89,7 +89,7 @@ def _row(name: str) -> tuple:
         commit = f"{commit}@{config.schedule.commit_level:g}"
     return (
         name, _schedule(config), regions(engine), config.positions.rule, spent.first,
-        "all" if spent.kept is None else spent.kept, spent.calls, spent.frames, steps, commit,
+        "all" if spent.kept is None else spent.kept, f"{spent.calls:g}", f"{spent.frames:g}", steps, commit,
         config.parity, paper(name),
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def _schedule(config: StreamConfig) -> str:
 def regions(engine: Engine) -> str:
     """What a call may read in steady state, in latent frames; of a policy from outside its name."""
     config, cache = engine.config, engine.config.cache
-    if cache.policy not in ("window", "anchor", "bank"):
+    if cache.policy not in ("window", "anchor", "bank", "look-back"):
         return f"{cache.policy}, flight {engine.flight_frames}"
     parts = {"sink" if cache.ema_decay is None else "EMA sink": cache.sink}
     if cache.policy == "anchor":
@@ -128,7 +128,8 @@ def _show(name: str, config: StreamConfig, args: argparse.Namespace) -> None:
     print(tick_table(_walked(engine, args.ticks or TICKS, args.switch)))
     print(
         f"rows: ticks; columns: chunks of {config.chunk.latent_frames} latent frames; a number: that step of the "
-        "chunk's ladder is taken; = held as context; * leaves; c its keys and values are committed; r encoded again"
+        "chunk's ladder is taken; = held as context, ~ as noise that waits; * leaves; "
+        "c its keys and values are committed; r encoded again"
     )
 
 
@@ -141,12 +142,12 @@ def _plot(name: str, overrides: list[str], config: StreamConfig, args: argparse.
         raise InputError(f"--ticks {args.ticks} does not fit a picture: give {PICTURED} or fewer")
     engine = Engine(None, config)
     spent = cost(engine)
-    calls = f"{spent.calls} call{'s' if spent.calls != 1 else ''}"
+    calls = f"{spent.calls:g} call{'s' if spent.calls != 1 else ''}"
     kept = "every frame" if spent.kept is None else f"{spent.kept} frames"
     notes = [
         paper(name),
-        f"{regions(engine)} (latent frames) · first chunk after {spent.first} ticks · then {calls} over {spent.frames} "
-        f"frames per chunk · {kept} in memory",
+        f"{regions(engine)} (latent frames) · first chunk after {spent.first} ticks · then {calls} over "
+        f"{spent.frames:g} frames per chunk · {kept} in memory",
     ]
     if overrides:
         notes.insert(0, " ".join(overrides))
@@ -188,5 +189,5 @@ def _marks(call: PlannedCall) -> Iterator[tuple[int, str]]:
         yield from ((slot.chunk, "r") for slot in call.row.slots)
         return
     for slot in call.row.slots:
-        mark = {SlotOp.STEP: str(slot.p_in), SlotOp.HOLD: "=", SlotOp.CLEAN: ""}[slot.op]
+        mark = {SlotOp.STEP: str(slot.p_in), SlotOp.HOLD: "=" if slot.p_in else "~", SlotOp.CLEAN: ""}[slot.op]
         yield slot.chunk, mark + "*" * (slot.chunk in call.emits) + "c" * (slot.chunk in call.committed)

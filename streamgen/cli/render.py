@@ -289,7 +289,8 @@ def _check_clips(clips: Sequence[Clip], source: Source, setup: Setup, where: str
             raise InputError(f"{source.path} ends {left} frames on: --num-frames {left}, or save an endless stream")
     if setup.model == "sprites":
         _check_language([entry for clip in clips for entry in clip.entries])
-    if setup.config.guidance.scale == 1 and any(clip.negative_prompt for clip in clips):
+    guidance = setup.config.guidance
+    if guidance.scale == 1 and guidance.commit_branch != "negative" and any(clip.negative_prompt for clip in clips):
         log.warning("the negative prompt has no effect without guidance: add --guidance-scale 3")
 
 

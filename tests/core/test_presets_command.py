@@ -46,7 +46,7 @@ def ran(engine: Engine, chunks: int, switches: list[int]) -> list[tuple]:
     text, frames = torch.ones(1, 2, 4), engine.config.chunk.frames(chunks - 1).stop
     told = {frame: text + i + 1 for i, frame in enumerate(switches)}
     with torch.no_grad():
-        for _ in engine.run(text, SeededNoise(0), frames, (2, 2), switches=told):
+        for _ in engine.run(text, SeededNoise(0), frames, (2, 2), told, negative_prompt_embeds=text):
             pass
     return [
         (c.tick, c.kind, c.source, c.chunks, c.frames, c.key_frames, c.key_positions, c.query_positions, c.writes)

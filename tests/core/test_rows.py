@@ -13,7 +13,7 @@ from streamgen.engine import Engine
 from streamgen.errors import InputError
 from streamgen.forward import BoundRow
 from streamgen.noise import SeededNoise
-from streamgen.schedules import Call, Lane, OpKind, RowsSchedule, ScheduleOptions, Tick
+from streamgen.schedules import Call, Lane, OpKind, RowsOptions, RowsSchedule, Tick
 from streamgen.source import MotionStrength, Source
 from streamgen.walk import cost, walk
 
@@ -63,7 +63,7 @@ def drain(rollout, chunks: int = 99) -> torch.Tensor:
 
 
 def ticks(steps: int, chunks: int, **options) -> list[str]:
-    schedule = RowsSchedule(ScheduleOptions(commit="inplace", **options))
+    schedule = RowsSchedule(RowsOptions(commit="inplace", **options))
     name = lambda row: "+".join(f"{slot.chunk}.{slot.p_in}@{row.lane.level}" for slot in row.slots)
     return [" ".join(name(row) for row in tick.calls[0].rows) for tick in schedule.ticks(lambda k: steps, chunks)]
 
@@ -77,7 +77,7 @@ def test_the_worked_timelines():
 
 
 def test_the_first_chunk_fills_every_lane_as_the_second_enters():
-    schedule = RowsSchedule(ScheduleOptions(stagger=["solo", 1], commit="inplace", clone=True))
+    schedule = RowsSchedule(RowsOptions(stagger=["solo", 1], commit="inplace", clone=True))
     clones = [(tick.index, op) for tick in schedule.ticks(lambda k: 3, 6) for op in tick.ops if op.kind is OpKind.CLONE]
     assert [(index, op.lanes) for index, op in clones] == [(3, (Lane(2), Lane(0), Lane(1)))]
 
@@ -93,7 +93,7 @@ def test_the_first_chunk_fills_every_lane_as_the_second_enters():
 )
 def test_rows_that_cannot_be_are_refused(options, words):
     with pytest.raises(InputError) as caught:
-        RowsSchedule(ScheduleOptions(**options))
+        RowsSchedule(RowsOptions(**options))
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
