@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from streamgen.again import Pictures, by_frame, kept, latents_of
 from streamgen.cache import CachePolicy, GraphStore, KVStore
 from streamgen.cache.policies import POLICIES, Sizes, rule_for_parts
+from streamgen.cache.rebuild import Rebuild
 from streamgen.cache.store import Geometry
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError
@@ -94,7 +96,8 @@ class Rollout:
         self.switches: list[tuple[int, Tensor]] = []  # to come: latent frame, text
         self.flight: dict[int, Flight] = {}
         self.pending: list[tuple[int, Call, Flight]] = []  # commits owed: tick, call, chunk
-        self.past: list[Flight] = []  # recent finished chunks, for re-encoding under a new prompt
+        self.past: list[Flight] = []  # recent finished chunks, and others the policy keeps, to be encoded again
+        self.pictures = Pictures(engine.codec) if self.policy.pictures else None
         self.next_chunk = 0  # to be delivered
         self.next_entry = 0  # to begin
         self.next_tick = 0
@@ -253,6 +256,7 @@ class Rollout:
         if due:  # of several that fell into one chunk the newest counts
             self.switch(due[-1][1], self.engine.config.switch.mode, requested=due[-1][0])
             self.switches = self.switches[len(due) :]
+        self._rebuild()
         channels = None if self.channels is None else self.channels.frames(frames)
         self.flight[chunk] = Flight(self._noise("initial", frames, 0), frames, self.text, channels=channels)
         self.next_entry = chunk + 1
@@ -275,11 +279,8 @@ class Rollout:
 
     def _remember(self, flight: Flight) -> None:
         window = self._recache_frames()
-        if not window:
-            return
-        self.past.append(flight)
-        while self.past and self.past[0].frames.stop <= flight.frames.stop - window:
-            self.past.pop(0)
+        if window:
+            self.past = kept([*self.past, flight], window, self.policy.keeps())
 
     def commit(self) -> None:
         """Run the commit calls that are due; a finite stream never runs its last one."""
@@ -308,19 +309,22 @@ class Rollout:
         for chunk, flight in list(self.owed.items()):  # it would ride with a call that now comes too late
             call = clean_call((chunk,), self.engine.steps)
             self._clean(self.next_tick, call, call.rows[0], flight.x, flight.channels, [flight.frames], flight.text)
+        self._rebuild(changing=True)
         requested = self.next_frame if requested is None else requested
         frames = self.policy.switch(mode, requested)
         self._plans = {}
         if frames is not None:
-            self._recache(frames, text)
+            self._recache(Rebuild(tuple(frames)), text)
         self.policy.switched(mode, requested)
         self._tell(text)
 
     def _check_length(self, text: Text) -> None:
         """Raises InputError if chunks in flight could not read this text beside theirs."""
-        if self.follows or getattr(self.engine.transformer.config, "text_len", None) is not None:
+        if getattr(self.engine.transformer.config, "text_len", None) is not None:
             return  # the model brings every text to one length
-        lengths = {flight.text.embeds.shape[1] for flight in self.flight.values()}
+        beside = () if self.follows else self.flight.values()
+        past = self.past if self.policy.own_texts else ()  # frames that will be told theirs once more
+        lengths = {flight.text.embeds.shape[1] for flight in (*beside, *past)}
         if lengths - {text.embeds.shape[1]}:
             raise InputError(
                 f"a prompt of {text.embeds.shape[1]} tokens cannot stand beside those of chunks in flight "
@@ -328,17 +332,39 @@ class Rollout:
                 "switch.in_flight=follow"
             )
 
-    def _recache(self, frames: range, text: Text) -> None:
-        """Encode finished frames again, under another text."""
-        begin = frames.start - self.past[0].frames.start
-        x = torch.cat([flight.x for flight in self.past], 2)[:, :, begin:]
-        channels = None
-        if self.channels is not None:
-            channels = torch.cat([flight.channels for flight in self.past], 2)[:, :, begin:]
-        per_chunk = self.engine.config.chunk.latent_frames
-        chunks = tuple(range(frames.start // per_chunk, -(-frames.stop // per_chunk)))
-        call = clean_call(chunks, self.engine.steps, source="past")
-        self._clean(-1, call, call.rows[0], x, channels, [frames], text)
+    def _rebuild(self, changing: bool = False) -> None:
+        """Encode again what the policy wants before the next chunk enters, or before that chunk's prompt changes."""
+        if self.pictures is not None:
+            for flight in self.past:
+                self.pictures.look(flight)
+            self.pictures.keep(by_frame(self.past))
+        wanted = self.policy.rebuild(self.next_frame, changing)
+        if wanted is not None:
+            self._recache(wanted, self.text)
+
+    def _recache(self, wanted: Rebuild, text: Text) -> None:
+        """Encode finished frames again, under the present text or their own."""
+        x, channels = latents_of(wanted, self.past, self.pictures, self._blank(text))
+        call = wanted.call(self.engine.config.chunk.latent_frames, self.engine.steps)
+        which = None
+        if wanted.own_text:
+            text, which = self._own_texts(wanted, text)
+        self._clean(-1, call, call.rows[0], x, channels, list(wanted.parts), text, which)
+
+    def _blank(self, text: Text) -> Flight:
+        """One frame of nothing."""
+        config = self.engine.transformer.config
+        channels = config.out_channels or config.in_channels
+        empty = lambda *shape: torch.zeros(*shape, 1, *self.latent_size, device=self.device)
+        beside = None if self.channels is None else empty(1, config.in_channels - channels)
+        return Flight(empty(self.batch, channels), range(-1, 0), text, channels=beside)
+
+    def _own_texts(self, wanted: Rebuild, present: Text) -> tuple[Text, Tensor | None]:
+        """Every frame's prompt, as `_told` has it."""
+        found = by_frame(self.past)
+        texts = [found[frame].text if frame in found else present for frame in wanted.frames]
+        once = {id(text): self._commit_text(text) for text in texts}
+        return self._told([once[id(text)] for text in texts], tuple(range(f, f + 1) for f in wanted.frames))
 
     def state_dict(self) -> dict:
         """Everything a later `load_state_dict` needs to go on bit by bit: tensors and plain Python."""
@@ -354,6 +380,7 @@ class Rollout:
         other = copy(self)
         other.stores = [store.fork() for store in self.stores]
         other.channels = self.channels.fork() if self.channels is not None else None
+        other.pictures = self.pictures.fork() if self.pictures is not None else None
         other.policy = build_policy(self.engine.config, self.flight_frames, self.num_latent_frames)
         other.policy.load_state_dict(self.policy.state_dict())
         other.flight = {chunk: replace(flight) for chunk, flight in self.flight.items()}
@@ -484,14 +511,16 @@ class Rollout:
         return torch.tensor([per_frame], device=self.device)
 
     def _clean(
-        self, tick: int, call: Call, row: Row, x: Tensor, channels: Tensor | None, frames: list[range], text: Text
+        self, tick: int, call: Call, row: Row, x: Tensor, channels: Tensor | None, frames: list[range], text: Text,
+        which: Tensor | None = None,
     ) -> None:
         """Finished latents once more, for their keys and values in every expert's cache.
 
+        `which`: the prompt in `text` that each frame reads, [branches·B, F]; None = they share one.
         Nothing is published before every expert is through: an exception in between leaves the commit owed.
         """
         begin = time.perf_counter()
-        level, text = self.engine.config.schedule.commit_level, self._commit_text(text)
+        level, text = self.engine.config.schedule.commit_level, text if which is not None else self._commit_text(text)
         calls = []
         for expert, store in enumerate(self.stores):
             plan, context = self._bind(call, row, tuple(frames), expert)
@@ -499,7 +528,7 @@ class Rollout:
                 continue
             self._record(tick, call, row, tuple(frames), [level], plan, expert)
             timestep = self._timestep([level], tuple(frames))
-            self._forward(expert, x, channels, timestep, text, context, commit_only=True)
+            self._forward(expert, x, channels, timestep, text, context, commit_only=True, prompt_index=which)
             calls.append((store, plan, context, text.keys[expert]))
         self._publish(calls, [f for part in frames for f in part])
         self.timings.add("commit" if call.source == "flight" else "recache", begin)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from streamgen.cache.plan import Plan
+from streamgen.cache.rebuild import Rebuild
 from streamgen.engine import Engine
 from streamgen.errors import InputError
 from streamgen.rollout import build_policy
@@ -22,7 +23,8 @@ from streamgen.schedules import HORIZON, Call, OpKind, Row, clean_call
 class PlannedCall:
     """One forward: its row, each slot's latent frames, its plan, and the chunks that leave once it is through.
 
-    `tick` of a re-encoding (`call.source` "past") is the one it runs before.
+    `tick` of a re-encoding (`call.source` is not "flight") is the one it runs before; `rebuilt`: the policy asks for it
+    before a chunk, whatever is prompted.
     """
 
     tick: int
@@ -31,6 +33,7 @@ class PlannedCall:
     frames: tuple[range, ...]
     plan: Plan
     emits: tuple[int, ...] = ()
+    rebuilt: bool = False
 
     @property
     def committed(self) -> set[int]:
@@ -59,21 +62,26 @@ def walk(engine: Engine, chunks: int | None = None, switches: Sequence[int] = ()
     def parts(row: Row) -> tuple[range, ...]:
         return tuple(range(slot.chunk * size, (slot.chunk + 1) * size) for slot in row.slots)
 
-    def clean(tick: int, call: Call, frames: range | None = None) -> Iterator[PlannedCall]:
+    def clean(
+        tick: int, call: Call, frames: tuple[range, ...] | None = None, rebuilt: bool = False
+    ) -> Iterator[PlannedCall]:
         row = call.rows[0]
-        spans = parts(row) if frames is None else (frames,)
+        spans = parts(row) if frames is None else frames
         plan = policy.plan(call, row, spans)
         policy.commit([frame for span in spans for frame in span])
         if plan.publishes:  # otherwise nobody would read it
-            yield PlannedCall(tick, call, row, spans, plan)
+            yield PlannedCall(tick, call, row, spans, plan, rebuilt=rebuilt)
 
-    def switch(tick: int, requested: int) -> Iterator[PlannedCall]:
+    def again(tick: int, wanted: Rebuild | None, rebuilt: bool = False) -> Iterator[PlannedCall]:
+        if wanted is not None:
+            yield from clean(tick, wanted.call(size, engine.steps), wanted.parts, rebuilt)
+
+    def switch(tick: int, first: int, requested: int) -> Iterator[PlannedCall]:
         for chunk in owed:
             yield from clean(tick, clean_call((chunk,), engine.steps))
+        yield from again(tick, policy.rebuild(first, changing=True), rebuilt=True)
         frames = policy.switch(config.switch.mode, requested)
-        if frames is not None:
-            again = tuple(range(frames.start // size, -(-frames.stop // size)))
-            yield from clean(tick, clean_call(again, engine.steps, source="past"), frames)
+        yield from again(tick, None if frames is None else Rebuild(tuple(frames)))
         policy.switched(config.switch.mode, requested)
 
     for tick in engine.schedule.ticks(engine.steps, chunks):
@@ -82,8 +90,10 @@ def walk(engine: Engine, chunks: int | None = None, switches: Sequence[int] = ()
         for op in tick.ops:
             asked = [frame for frame in due if op.kind is OpKind.BEGIN and frame <= op.chunk * size]
             if asked:  # of several that fell into one chunk the newest counts
-                yield from switch(tick.index, asked[-1])
+                yield from switch(tick.index, op.chunk * size, asked[-1])
                 owed, due = (), due[len(asked) :]
+            if op.kind is OpKind.BEGIN:
+                yield from again(tick.index, policy.rebuild(op.chunk * size, changing=False), rebuilt=True)
         for call in tick.calls:
             (row,) = call.rows
             row = row.carrying(owed)
