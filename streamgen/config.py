@@ -204,6 +204,18 @@ class BankConfig:
 
 
 @dataclass
+class ContextConfig:
+    """Past frames that run once more, clean, before a chunk. Policy `rebuild` takes `lag` and `pixels`, see
+    `streamgen.cache.context`; `shots` takes `frames`, `phase`, `blank` and `pixels`, see `streamgen.cache.shots`."""
+
+    frames: int = 6
+    lag: bool = False
+    phase: float = 0.0
+    blank: bool = False
+    pixels: bool = False
+
+
+@dataclass
 class CacheConfig:
     """`policy` names a registered cache policy; sizes in latent frames; `options` go to external policies.
 
@@ -213,6 +225,7 @@ class CacheConfig:
     `anchors`: chunks kept for good, each the first one of a prompt; `anchor_every`: one of so many chunks instead, seen
     once `anchor_switch` has left the window.
     `look_back`: see `streamgen.cache.look_back`.
+    `attention_bias`: what a key of a recent frame counts in the steps, 1 = as much as any; ln of it is added to logits.
     """
 
     policy: str = "window"
@@ -227,6 +240,8 @@ class CacheConfig:
     anchor_switch: int = 0
     look_back: list[int] = field(default_factory=list)
     bank: BankConfig = field(default_factory=BankConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
+    attention_bias: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -246,12 +261,14 @@ class PositionsConfig:
 
 @dataclass
 class SwitchConfig:
-    """What a new prompt does: to the cache keep | recache | reset | cut; to the sink keep | replace; to chunks in
-    flight keep | follow."""
+    """What a new prompt does: to the cache keep | recache | reset | cut; to the sink keep | refresh | replace; to
+    chunks in flight keep | follow. `mask`: what frames that are encoded again see of each other, bidirectional |
+    block-causal (a chunk sees itself and those before it)."""
 
     mode: str = "recache"
     sink: str = "keep"
     in_flight: str = "keep"
+    mask: str = "bidirectional"
 
 
 @dataclass

@@ -37,7 +37,8 @@ def save(rollout: Rollout) -> dict:
         "flight": {chunk: told(flight) for chunk, flight in rollout.flight.items()},
         "held": {chunk: told(flight) for chunk, flight in rollout.held.items()},
         "owed": {chunk: told(flight) for chunk, flight in rollout.owed.items()},
-        "past": [_saved(flight) for flight in rollout.past],
+        "past": [told(flight) if rollout.policy.own_texts else _saved(flight) for flight in rollout.past],
+        "pictures": rollout.pictures.state_dict() if rollout.pictures is not None else None,
         "pending": [(tick, told(flight)) for tick, _, flight in rollout.pending],
         "ready": [asdict(chunk) for chunk in rollout.ready],
         "channels": rollout.channels.state_dict() if rollout.channels is not None else None,
@@ -60,7 +61,11 @@ def restore(rollout: Rollout, state: dict) -> None:
     rollout.flight = {chunk: told(saved) for chunk, saved in state["flight"].items()}
     rollout.held = {chunk: told(saved) for chunk, saved in state["held"].items()}
     rollout.owed = {chunk: told(saved) for chunk, saved in state["owed"].items()}
-    rollout.past = [_flight(engine, saved, rollout.text) for saved in state["past"]]
+    rollout.past = [
+        told(saved) if rollout.policy.own_texts else _flight(engine, saved, rollout.text) for saved in state["past"]
+    ]
+    if rollout.pictures is not None:
+        rollout.pictures.load_state_dict(state["pictures"])
     rollout.ready = [LatentChunk(**saved) for saved in state["ready"]]
     rollout.pending = []
     for tick, saved in state["pending"]:
@@ -75,7 +80,8 @@ def _texts(rollout: Rollout) -> Iterator[Text]:
     """Every text that a later call may read."""
     yield rollout.text
     kept = (rollout.flight, rollout.held, rollout.owed)
-    for flight in (*(f for chunks in kept for f in chunks.values()), *(f for _, _, f in rollout.pending)):
+    past = rollout.past if rollout.policy.own_texts else ()
+    for flight in (*(f for chunks in kept for f in chunks.values()), *(f for _, _, f in rollout.pending), *past):
         yield flight.text
 
 

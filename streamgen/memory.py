@@ -157,12 +157,13 @@ def estimate(
     total = config.chunk.whole(latent_frames or CLIP_FRAMES)
     flight, recached = engine.flight_frames, recache_frames(config, total)
     rows = len(lanes(engine.schedule, engine.steps, config.chunk.count(total)))  # in one call, each with a cache
-    pages = build_policy(config, flight, total).pages
+    policy = build_policy(config, flight, total)
+    pages = policy.pages
     store = _store(net, latents, sequences, pages, max(flight, recached), resolve_dtype(dtype))
 
-    # a switch of mode "recache" runs the whole window in one call; otherwise a call is what is in flight
+    # a switch of mode "recache" runs the whole window in one call; otherwise a call is what is in flight, or made anew
     recaching = config.switch.mode == "recache"
-    call = max(flight, recached if recaching else 0)
+    call = max(flight, recached if recaching else 0, policy.rebuilt)
     absolute = config.positions.rule == "absolute"
     stale = pages if recaching or not absolute else min(pages, chunk)
     endless = config.cache.window != -1

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from streamgen.again import Pictures, by_frame, kept, latents_of
 from streamgen.cache import CachePolicy, GraphStore, KVStore
 from streamgen.cache.policies import POLICIES, Sizes, rule_for_parts
+from streamgen.cache.rebuild import Rebuild
 from streamgen.cache.store import Geometry
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError
@@ -50,6 +52,12 @@ def build_policy(config: StreamConfig, flight_frames: int, total_frames: int | N
         raise InputError(
             f"guidance.commit_branch={branch} asks for a commit under that prompt, and schedule.commit=inplace has "
             "none: use separate or fused"
+        )
+    first, size = config.chunk.first, config.chunk.latent_frames
+    if first != size and (config.cache.policy != "window" or config.switch.mask != "bidirectional"):
+        raise InputError(
+            f"chunk.first_latent_frames={first} beside chunk.latent_frames={size}: only cache.policy=window with "
+            "switch.mask=bidirectional counts frames instead of chunks; use it, or chunks of one size"
         )
     if hasattr(options, "from_config"):  # the package's own read the shared keys
         chosen = options.from_config(config)
@@ -117,7 +125,8 @@ class Rollout:
         self.flight: dict[int, Flight] = {}
         self.held: dict[int, Flight] = {}  # finished chunks that later calls hold
         self.pending: list[tuple[int, Call, Flight]] = []  # commits owed: tick, call, chunk
-        self.past: list[Flight] = []  # recent finished chunks, for re-encoding under a new prompt
+        self.past: list[Flight] = []  # recent finished chunks, and others the policy keeps, to be encoded again
+        self.pictures = Pictures(engine.codec) if self.policy.pictures else None
         self.next_chunk = 0  # to be delivered
         self.next_entry = 0  # to begin
         self.next_tick = 0
@@ -308,6 +317,7 @@ class Rollout:
         if due:  # of several that fell into one chunk the newest counts
             yield from self._switch(due[-1][1], config.switch.mode, requested=due[-1][0])
             self.switches = self.switches[len(due) :]
+        yield from self._rebuild()
         channels = None if self.channels is None else self.channels.frames(frames)
         x, ladder = self._noise("initial", frames, 0), self.engine.ladder_of(chunk)
         if self.source is not None:
@@ -337,11 +347,8 @@ class Rollout:
 
     def _remember(self, flight: Flight) -> None:
         window = self._recache_frames()
-        if not window:
-            return
-        self.past.append(flight)
-        while self.past and self.past[0].frames.stop <= flight.frames.stop - window:
-            self.past.pop(0)
+        if window:
+            self.past = kept([*self.past, flight], window, self.policy.keeps())
 
     def commit(self) -> None:
         """Run the commit calls that are due; a finite stream never runs its last one."""
@@ -380,20 +387,23 @@ class Rollout:
         for chunk, flight in list(self.owed.items()):  # it would ride with a call that now comes too late
             call = clean_call((chunk,), self.engine.steps)
             yield from self._clean(self.next_tick, call, flight.x, flight.channels, [flight.frames], flight.text)
+        yield from self._rebuild(changing=True)
         requested = self.next_frame if requested is None else requested
         self._plans = {}
         for cache in self.caches.values():
             frames = cache.policy.switch(mode, requested)
             if frames is not None:
-                yield from self._recache(frames, text)
+                yield from self._recache(Rebuild(tuple(frames)), text)
             cache.policy.switched(mode, requested)
         self._tell(text)
 
     def _check_length(self, text: Text) -> None:
         """Raises InputError if chunks in flight could not read this text beside theirs."""
-        if self.follows or getattr(self.engine.transformer.config, "text_len", None) is not None:
+        if getattr(self.engine.transformer.config, "text_len", None) is not None:
             return  # the model brings every text to one length
-        lengths = {flight.text.embeds.shape[1] for flight in (*self.flight.values(), *self.held.values())}
+        beside = () if self.follows else (*self.flight.values(), *self.held.values())
+        past = self.past if self.policy.own_texts else ()  # frames that will be told theirs once more
+        lengths = {flight.text.embeds.shape[1] for flight in (*beside, *past)}
         if lengths - {text.embeds.shape[1]}:
             raise InputError(
                 f"a prompt of {text.embeds.shape[1]} tokens cannot stand beside those of chunks in flight "
@@ -401,17 +411,39 @@ class Rollout:
                 "switch.in_flight=follow"
             )
 
-    def _recache(self, frames: range, text: Text) -> Work:
-        """Encode finished frames again, under another text."""
-        begin = frames.start - self.past[0].frames.start
-        x = torch.cat([flight.x for flight in self.past], 2)[:, :, begin:]
-        channels = None
-        if self.channels is not None:
-            channels = torch.cat([flight.channels for flight in self.past], 2)[:, :, begin:]
-        chunk = self.engine.config.chunk
-        chunks = tuple(range(chunk.holding(frames.start), chunk.holding(frames.stop - 1) + 1))
-        call = clean_call(chunks, self.engine.steps, source="past")
-        yield from self._clean(-1, call, x, channels, [frames], text)
+    def _rebuild(self, changing: bool = False) -> Work:
+        """Encode again what the policy wants before the next chunk enters, or before that chunk's prompt changes."""
+        if self.pictures is not None:
+            for flight in self.past:
+                self.pictures.look(flight)
+            self.pictures.keep(by_frame(self.past))
+        wanted = self.policy.rebuild(self.next_frame, changing)
+        if wanted is not None:
+            yield from self._recache(wanted, self.text)
+
+    def _recache(self, wanted: Rebuild, text: Text) -> Work:
+        """Encode finished frames again, under the present text or their own."""
+        x, channels = latents_of(wanted, self.past, self.pictures, self._blank(text))
+        call = wanted.call(self.engine.config.chunk.holding, self.engine.steps)
+        which = None
+        if wanted.own_text:
+            text, which = self._own_texts(wanted, text)
+        yield from self._clean(-1, call, x, channels, list(wanted.parts), text, which)
+
+    def _blank(self, text: Text) -> Flight:
+        """One frame of nothing."""
+        config = self.engine.transformer.config
+        channels = config.out_channels or config.in_channels
+        empty = lambda *shape: torch.zeros(*shape, 1, *self.latent_size, device=self.device)
+        beside = None if self.channels is None else empty(1, config.in_channels - channels)
+        return Flight(empty(self.batch, channels), range(-1, 0), text, self.engine.ladder, channels=beside)
+
+    def _own_texts(self, wanted: Rebuild, present: Text) -> tuple[Text, Tensor | None]:
+        """Every frame's prompt, as `_told` has it."""
+        found = by_frame(self.past)
+        texts = [found[frame].text if frame in found else present for frame in wanted.frames]
+        once = {id(text): self._commit_text(text) for text in texts}
+        return self._told([once[id(text)] for text in texts], tuple(range(f, f + 1) for f in wanted.frames))
 
     def state_dict(self) -> dict:
         """Everything a later `load_state_dict` needs to go on bit by bit: tensors and plain Python."""
@@ -427,6 +459,7 @@ class Rollout:
         other = copy(self)
         other.caches = {lane: cache.fork(self._new_policy()) for lane, cache in self.caches.items()}
         other.channels = self.channels.fork() if self.channels is not None else None
+        other.pictures = self.pictures.fork() if self.pictures is not None else None
         other.flight = {chunk: replace(flight) for chunk, flight in self.flight.items()}
         other.held = {chunk: replace(flight) for chunk, flight in self.held.items()}
         other.owed = dict(self.owed)
@@ -572,14 +605,16 @@ class Rollout:
         return torch.tensor([per_frame], device=self.device)
 
     def _clean(
-        self, tick: int, call: Call, x: Tensor, channels: Tensor | None, frames: list[range], text: Text
+        self, tick: int, call: Call, x: Tensor, channels: Tensor | None, frames: list[range], text: Text,
+        which: Tensor | None = None,
     ) -> Work:
         """Finished latents once more, for their keys and values in every expert's cache.
 
+        `which`: the prompt in `text` that each frame reads, [branches·B, F]; None = they share one.
         Nothing is published before every expert is through: an exception in between leaves the commit owed.
         """
         begin = time.perf_counter()
-        (row,), text = call.rows, self._commit_text(text)
+        (row,), text = call.rows, text if which is not None else self._commit_text(text)
         cache, level = self.caches[row.lane], self.engine.config.schedule.commit_level
         timestep, calls = self._timestep([level], tuple(frames)), []
         for expert, store in enumerate(cache.stores):
@@ -587,7 +622,8 @@ class Rollout:
             if not plan.publishes:  # nobody would read it
                 continue
             self._record(tick, call, row, tuple(frames), [level], plan, expert)
-            yield [BoundRow(expert, x.to(self.dtype), channels, timestep, text, context, commit_only=True)]
+            x = x.to(self.dtype)
+            yield [BoundRow(expert, x, channels, timestep, text, context, prompt_index=which, commit_only=True)]
             calls.append((store, plan, context, text.keys[expert]))
         self._publish(cache, calls, [f for part in frames for f in part])
         self.timings.add("commit" if call.source == "flight" else "recache", begin)

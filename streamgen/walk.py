@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from streamgen.cache.plan import Plan
+from streamgen.cache.rebuild import Rebuild
 from streamgen.engine import Engine
 from streamgen.errors import InputError
 from streamgen.rollout import build_policy
@@ -22,7 +23,8 @@ from streamgen.schedules import HORIZON, Call, OpKind, Row, clean_call, lanes
 class PlannedCall:
     """A row of a forward: each slot's latent frames, its plan, and the chunks that leave once it is through.
 
-    `tick` of a re-encoding (`call.source` "past") is the one it runs before.
+    `tick` of a re-encoding (`call.source` is not "flight") is the one it runs before; `rebuilt`: the policy asks for it
+    before a chunk, whatever is prompted.
     """
 
     tick: int
@@ -31,6 +33,7 @@ class PlannedCall:
     frames: tuple[range, ...]
     plan: Plan
     emits: tuple[int, ...] = ()
+    rebuilt: bool = False
 
     @property
     def committed(self) -> set[int]:
@@ -61,22 +64,27 @@ def walk(engine: Engine, chunks: int | None = None, switches: Sequence[int] = ()
     def parts(row: Row) -> tuple[range, ...]:
         return tuple(chunk.frames(slot.chunk) for slot in row.slots)
 
-    def clean(tick: int, call: Call, frames: range | None = None) -> Iterator[PlannedCall]:
+    def clean(
+        tick: int, call: Call, frames: tuple[range, ...] | None = None, rebuilt: bool = False
+    ) -> Iterator[PlannedCall]:
         row = call.rows[0]
-        spans, policy = parts(row) if frames is None else (frames,), policies[row.lane]
+        policy, spans = policies[row.lane], parts(row) if frames is None else frames
         plan = policy.plan(call, row, spans)
         policy.commit([frame for span in spans for frame in span])
         if plan.publishes:  # otherwise nobody would read it
-            yield PlannedCall(tick, call, row, spans, plan)
+            yield PlannedCall(tick, call, row, spans, plan, rebuilt=rebuilt)
 
-    def switch(tick: int, requested: int) -> Iterator[PlannedCall]:
+    def again(tick: int, wanted: Rebuild | None, rebuilt: bool = False) -> Iterator[PlannedCall]:
+        if wanted is not None:
+            yield from clean(tick, wanted.call(chunk.holding, engine.steps), wanted.parts, rebuilt)
+
+    def switch(tick: int, first: int, requested: int) -> Iterator[PlannedCall]:
         for index in owed:
             yield from clean(tick, clean_call((index,), engine.steps))
         for policy in policies.values():
+            yield from again(tick, policy.rebuild(first, changing=True), rebuilt=True)
             frames = policy.switch(config.switch.mode, requested)
-            if frames is not None:
-                again = tuple(range(chunk.holding(frames.start), chunk.holding(frames.stop - 1) + 1))
-                yield from clean(tick, clean_call(again, engine.steps, source="past"), frames)
+            yield from again(tick, None if frames is None else Rebuild(tuple(frames)))
             policy.switched(config.switch.mode, requested)
 
     for tick in engine.schedule.ticks(engine.steps, chunks):
@@ -85,12 +93,16 @@ def walk(engine: Engine, chunks: int | None = None, switches: Sequence[int] = ()
         for op in tick.ops:
             asked = [frame for frame in due if op.kind is OpKind.BEGIN and frame <= chunk.frames(op.chunk).start]
             if asked:  # of several that fell into one chunk the newest counts
-                yield from switch(tick.index, asked[-1])
+                yield from switch(tick.index, chunk.frames(op.chunk).start, asked[-1])
                 owed, due = (), due[len(asked) :]
             if op.kind is OpKind.CLONE:
                 for lane in op.lanes[1:]:
                     policies[lane] = new()
                     policies[lane].load_state_dict(policies[op.lanes[0]].state_dict())
+            if op.kind is OpKind.BEGIN:
+                first = next(iter(policies.values()))
+                wanted = first.rebuild(chunk.frames(op.chunk).start, changing=False)
+                yield from again(tick.index, wanted, rebuilt=True)
         for call in tick.calls:
             for row in call.rows:
                 row, policy = row.carrying(owed), policies[row.lane]

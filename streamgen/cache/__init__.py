@@ -1,13 +1,16 @@
 """Contract two: a cache policy says which frames each query may read, and at which positions.
 
-`plan` holds the words of a plan, `policies` who writes plans, `store` the bytes and the attention that follows a plan.
+`plan` holds the words of a plan, `policies` who writes plans, `store` the bytes and the attention that follows a plan;
+`rebuild` what runs once more, with the policies that make their context anew in `context` and `shots`.
 """
 
 from streamgen.cache.anchors import AnchorPolicy
 from streamgen.cache.bank import BankPolicy
+from streamgen.cache.context import RebuildPolicy
 from streamgen.cache.look_back import LookBackPolicy
 from streamgen.cache.plan import Fold, Group, Plan, Segment, Write
 from streamgen.cache.policies import CachePolicy, Sizes, WindowPolicy, register_policy
+from streamgen.cache.shots import ShotPolicy
 from streamgen.cache.store import CacheContext, GraphStore, KVStore
 
 __all__ = [
@@ -21,6 +24,8 @@ __all__ = [
     "KVStore",
     "LookBackPolicy",
     "Plan",
+    "RebuildPolicy",
+    "ShotPolicy",
     "Sizes",
     "Segment",
     "WindowPolicy",

@@ -40,12 +40,16 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Queries that see the same keys: indices into the call's frames, their positions, and what they read."""
+    """Queries that see the same keys: indices into the call's frames, their positions, and what they read.
+
+    `query_phases`: radians added to the temporal angles of each, () = none.
+    """
 
     query_frames: tuple[int, ...]
     query_positions: tuple[float, ...]
     segments: tuple[Segment, ...]
     route: Route | None = None
+    query_phases: tuple[float, ...] = ()
 
     @property
     def key_frames(self) -> tuple[int, ...]:

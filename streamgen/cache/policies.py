@@ -6,16 +6,18 @@ a function of its number and of the frame the sink begins at, so nothing is ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from streamgen.cache.plan import FLIGHT, Fold, Group, Plan, Segment, Write
 from streamgen.cache.positions import Seen, position_rule
-from streamgen.config import StreamConfig
+from streamgen.cache.rebuild import MASKS, Rebuild, attenuated, block_causal
+from streamgen.config import StreamConfig, check_choice
 from streamgen.errors import InputError
 from streamgen.registry import Registry
-from streamgen.schedules import Call, Row, SlotOp
+from streamgen.schedules import Call, CallKind, Row, SlotOp
 
 Pages = Sequence[tuple[int, int]]  # frames and where they lie
 
@@ -39,6 +41,9 @@ class CachePolicy(Protocol):
     """
 
     pages: int  # persistent pages of one lane's cache
+    own_texts: bool  # whether past frames are ever told their own prompts again
+    pictures: bool  # whether latents are ever made anew from pixels
+    rebuilt: int  # frames that `rebuild` asks for, at most
 
     def plan(self, call: Call, row: Row, frames: Sequence[range]) -> Plan:
         """Reads and writes of a row; `frames` are each slot's latent frames. Changes nothing."""
@@ -48,11 +53,22 @@ class CachePolicy(Protocol):
         """These frames are now in their pages."""
         ...
 
-    def switch(self, mode: str, requested: int) -> range | None:
+    def switch(self, mode: str, requested: int) -> Sequence[int] | None:
         """A new prompt takes effect at the next chunk: which committed frames are to be re-encoded (None = none).
 
         Called before they are; `switched` afterwards. `requested`: the latent frame the user named.
         """
+        ...
+
+    def rebuild(self, first: int, changing: bool) -> Rebuild | None:
+        """What is to be encoded again before the chunk that begins at frame `first`; None once it is, or for good.
+
+        Asked as the chunk enters; with `changing` also before a new prompt takes effect with it.
+        """
+        ...
+
+    def keeps(self) -> Collection[int]:
+        """Frames whose latents may be asked for after the window has passed them."""
         ...
 
     def switched(self, mode: str, requested: int) -> None:
@@ -82,8 +98,11 @@ class WindowOptions:
         ema_decay: frames that leave are folded into the sink with this decay (Reward Forcing, arXiv:2512.04678).
         ema_precision: "fp32" keeps the fold's sums apart, "cache" in the cache's dtype as released.
         span: temporal positions the model was trained on.
-        switch_sink: at a switch "keep" the sink, or "replace" it by the first frames that are re-encoded.
+        switch_sink: at a switch "keep" the sink, "refresh" it: encode it again with the window, or "replace" it by the
+            first frames that are re-encoded.
         lead: frames that the position rule "ahead" puts the sink ahead of the call.
+        mask: re-encoded frames see each other ("bidirectional") or, chunk by chunk, what comes before ("block-causal").
+        attention_bias: weight of recent keys in the steps' attention, beside 1 for the sink and the chunk itself.
     """
 
     window: int = 21
@@ -96,6 +115,8 @@ class WindowOptions:
     switch_sink: str = "keep"
     span: int = 21
     lead: int = 0
+    mask: str = "bidirectional"
+    attention_bias: float = 1.0
 
     def __post_init__(self) -> None:
         if self.sink < 0:
@@ -111,8 +132,12 @@ class WindowOptions:
                 f"cache.commit_reads=tail reads the last cache.window={self.window} frames in a row, beside a sink of "
                 f"{self.sink}, and cache.capacity is {self.capacity}: give a window, and a capacity of both together"
             )
-        if self.switch_sink not in ("keep", "replace"):
-            raise InputError(f"switch.sink {self.switch_sink!r} is unknown: use keep or replace")
+        check_choice("switch.sink", self.switch_sink, ("keep", "refresh", "replace"))
+        check_choice("switch.mask", self.mask, MASKS)
+        if not 0 < self.attention_bias <= 1:
+            raise InputError(
+                f"cache.attention_bias={self.attention_bias} is what a recent key counts: above 0, at most 1 (off)"
+            )
         if self.ema_decay is not None:
             self._check_ema()
         position_rule(self.positions)
@@ -134,6 +159,11 @@ class WindowOptions:
             raise InputError(f"cache.ema_decay={self.ema_decay} needs a sink to fold into, and cache.sink is 0")
         if self.ema_precision not in ("fp32", "cache"):
             raise InputError(f"cache.ema_precision {self.ema_precision!r} is unknown: use fp32 or cache")
+        if self.switch_sink == "refresh":
+            raise InputError(
+                f"switch.sink=refresh encodes the first frames again, and cache.ema_decay={self.ema_decay} has folded "
+                "later ones into them: use keep"
+            )
 
     @classmethod
     def from_config(cls, config: StreamConfig) -> WindowOptions:
@@ -143,11 +173,17 @@ class WindowOptions:
                 f"cache.commit_reads=tail is what commits of their own see, and schedule.commit={commit} has none: "
                 "use separate"
             )
+        if cache.attention_bias != 1 and commit == "fused":
+            raise InputError(
+                f"cache.attention_bias={cache.attention_bias} weighs what steps read and commits do not, and "
+                "schedule.commit=fused makes both in one call: use separate"
+            )
         if commit == "fused" and cache.window != -1:
             rule_for_parts(config, "schedule.commit=fused")
         return cls(
             cache.window, cache.sink, config.positions.rule, cache.capacity, cache.commit_reads, cache.ema_decay,
-            cache.ema_precision, config.switch.sink, config.positions.span, config.positions.lead,
+            cache.ema_precision, config.switch.sink, config.positions.span, config.positions.lead, config.switch.mask,
+            cache.attention_bias,
         )  # fmt: skip
 
 
@@ -178,6 +214,8 @@ class WindowPolicy:
     """A sink and the most recent frames (StreamingLLM's sinks in LongLive's form, arXiv:2509.22622)."""
 
     extra_region, extra_fixed = "extra", False
+    own_texts = pictures = False
+    rebuilt = 0  # frames that `rebuild` asks for, at most
 
     def __init__(self, options: WindowOptions, sizes: Sizes) -> None:
         self.options, self.sizes = options, sizes
@@ -230,8 +268,8 @@ class WindowPolicy:
 
     def plan(self, call: Call, row: Row, frames: Sequence[range]) -> Plan:
         own = [frame for part in frames for frame in part]
-        if call.source == "past":
-            groups = (self._recache_group(own),)
+        if call.source != "flight":
+            groups = self._recache_groups(own)
         elif call.commits and self.options.commit_reads == "tail":
             groups = (self._tail_group(own),)
         elif row.causal or len({slot.op is SlotOp.CLEAN for slot in row.slots}) > 1:
@@ -239,6 +277,8 @@ class WindowPolicy:
         else:
             groups = (self._group(own, (0, len(own), len(own))),)
         published, folds = own, ()
+        if call.kind is CallKind.DENOISE and self.options.attention_bias < 1:
+            groups = tuple(attenuated(group, math.log(self.options.attention_bias)) for group in groups)
         if call.source == "flight":
             published = row.published(frames)
             folds = self._folds(published)
@@ -277,22 +317,39 @@ class WindowPolicy:
         recent = range(max(self.base + self.sink, self.oldest, first), own[0])
         return self._read(sink, recent, own, (0, len(own), len(own)), rule=position_rule("absolute"))
 
+    def _recache_groups(self, own: list[int]) -> tuple[Group, ...]:
+        group = self._recache_group(own)
+        return (group,) if self.options.mask == "bidirectional" else block_causal(group, self._blocks(own))
+
+    def _blocks(self, own: list[int]) -> list[int]:
+        """Where each chunk begins among re-encoded frames."""
+        chunks = [frame // self.sizes.chunk for frame in own]
+        return [i for i, chunk in enumerate(chunks) if i == 0 or chunk != chunks[i - 1]]
+
     def _recache_group(self, own: list[int]) -> Group:
-        """Re-encoded frames see each other and the sink before them."""
+        """Re-encoded frames see each other and the sink before them, which may be among them."""
         sink = [f for f in range(self.base, min(self.frames, self.base + self.sink)) if f < own[0]]
         extra = self._extra(max(0, self.frames - self.options.window), sink, own)
-        return self._read(sink, range(0), own, (0, len(own), len(own)), extra)
+        apart = own[-1] - own[0] + 1 > len(own)  # the sink and, after a gap, the window
+        lead = sum(frame < self.base + self.sink for frame in own) if apart else 0
+        return self._read(sink, range(0), own, (0, len(own), len(own)), extra, lead=lead)
 
     def _read(
-        self, sink, recent, own: list[int], part: tuple[int, int, int], extra: Pages = (), rule=None
+        self, sink, recent, own: list[int], part: tuple[int, int, int], extra: Pages = (), rule=None, lead: int = 0
     ) -> Group:
-        """Queries own[first:stop] over the sink, `extra` (frame, page), recent frames and own[:end]."""
+        """Queries own[first:stop] over the sink, `extra` (frame, page), recent frames and own[:end].
+
+        `lead`: so many of the call's own frames are the sink, and stand where it is read; `sink` is empty then.
+        """
         first, stop, end = part
         place = lambda frames: [(frame, self.page(frame)) for frame in frames]
         regions = (("sink", place(sink)), (self.extra_region, extra), ("recent", place(recent)))
-        options = self.options
-        seen = Seen(sink, [f for f, _ in extra], recent, own[:end], options.window, options.span, options.lead)
+        ahead, others, options = [*sink, *own[:lead]], [f for f, _ in extra], self.options
+        seen = Seen(ahead, others, recent, own[lead:end], options.window, options.span, options.lead)
         positions = tuple((rule or self.rule)(seen))
+        if lead:  # they are the call's own: behind `extra` in reading order
+            split = lead + len(others)
+            positions = positions[lead:split] + positions[:lead] + positions[split:]
         segments, start = [], 0
         for name, places in regions:
             frames, pages = tuple(f for f, _ in places), tuple(page for _, page in places)
@@ -347,13 +404,19 @@ class WindowPolicy:
     def switched(self, mode: str, requested: int) -> None:
         pass
 
-    def switch(self, mode: str, requested: int) -> range | None:
+    def rebuild(self, first: int, changing: bool) -> Rebuild | None:
+        return None
+
+    def keeps(self) -> Collection[int]:
+        return range(self.base, self.base + self.sink) if self.options.switch_sink == "refresh" else ()
+
+    def switch(self, mode: str, requested: int) -> Sequence[int] | None:
         if mode == "cut":
             self.oldest = self.frames
         if mode != "recache" or not self.frames:
             return None
-        # the sink is re-encoded only while the whole stream fits the window; later it keeps its first prompt, and what
-        # has been folded into it
+        # unless it is refreshed, the sink is re-encoded only while the whole stream fits the window; later it keeps its
+        # first prompt, and what has been folded into it
         window = self.options.window
         room = window if self.options.ema_decay is None else min(window, self.pages)
         whole = self.oldest <= self.base and (window == -1 or self.frames - self.base <= room)
@@ -363,6 +426,8 @@ class WindowPolicy:
             first = self.base = self.oldest = max(self.oldest, self.frames - window)
         else:
             first = max(self.base + self.sink, self.oldest, self.frames - (window - self.sink))
+            if self.options.switch_sink == "refresh":
+                return (*range(self.base, min(self.frames, self.base + self.sink)), *range(first, self.frames)) or None
         return range(first, self.frames) if first < self.frames else None
 
     def state_dict(self) -> dict:

@@ -218,13 +218,16 @@ class _BoundGroup:
     def __init__(self, store: KVStore, group: Group, rope: RotaryEmbedding) -> None:
         g, device = store.geometry, store.keys.device
         self.store, self.group = store, group
-        self.cos, self.sin = rope.angles(list(group.query_positions), g.height, g.width, device=device)
+        self.cos, self.sin = rope.angles(
+            list(group.query_positions), g.height, g.width, _phases(group.query_phases), device
+        )
         flight = [s for s in group.segments if s.region == FLIGHT]
         self.own = [i for s in flight for i in s.pages]
         own_positions = [p for s in flight for p in s.positions]
+        phases = [s.phase for s in flight for _ in s.pages]
         self.same = self.own == list(group.query_frames) and own_positions == list(group.query_positions)
+        self.same = self.same and _phases(phases) == _phases(group.query_phases)
         if not self.same:
-            phases = [s.phase for s in flight for _ in s.pages]
             self.key_cos, self.key_sin = rope.angles(own_positions, g.height, g.width, phases, device)
         routed = group.route.regions if group.route else ()
         self.routed = [p for s in group.segments if s.region in routed for p in s.pages]
@@ -238,6 +241,9 @@ class _BoundGroup:
         else:
             self.index = torch.tensor(ordered, device=device)
         self.bias = _token_bias(group, store, ordered, device)
+        if self.bias is not None and self.routed:  # what a head picks stands in front, and counts in full
+            picked = min(group.route.count, len(self.routed)) * g.tokens_per_frame
+            self.bias = torch.nn.functional.pad(self.bias, (picked, 0))
         self.whole = list(group.query_frames) == list(range(len(group.query_frames)))
         # tentative pages of the group's own keys: a slice where they lie side by side
         self.own_run = None
@@ -278,6 +284,11 @@ class _BoundGroup:
         """[B, pages, T, H, D] -> [B, L, H, D]."""
         pages = layer[:, self.block] if self.block else layer.index_select(1, self.index)
         return pages.flatten(1, 2)
+
+
+def _phases(phases: Sequence[float]) -> float | list[float]:
+    """One number where frames share it: such tables are kept."""
+    return list(phases) if len(set(phases)) > 1 else phases[0] if phases else 0.0
 
 
 def _contiguous(items: Sequence[int]) -> bool:
@@ -373,10 +384,10 @@ class _GraphGroup:
         flight = [s for s in group.segments if s.region == FLIGHT]
         self.own = [i for s in flight for i in s.pages]
         self.past = [[layer[page] for s in cached for page in s.pages] for layer in store.layers]
-        self.queries = rope.angles(list(group.query_positions), g.height, g.width)
+        self.queries = rope.angles(list(group.query_positions), g.height, g.width, _phases(group.query_phases))
         positions = [p for s in (*cached, *flight) for p in s.positions]
         phases = [s.phase for s in (*cached, *flight) for _ in s.pages]
-        self.keys = rope.angles(positions, g.height, g.width, phases if any(phases) else 0.0)
+        self.keys = rope.angles(positions, g.height, g.width, _phases(phases))
         biases = [s.log_bias for s in (*cached, *flight) for _ in s.pages]
         self.bias = torch.tensor(biases).repeat_interleave(self.tokens)[None] if any(biases) else None
 

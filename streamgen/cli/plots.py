@@ -141,8 +141,9 @@ def schedule_of(engine: Engine, calls: Iterable[PlannedCall]) -> Schedule:
     """Which chunk takes which step when."""
     out = Schedule()
     for call in calls:
-        if call.call.source == "past":
-            out.switches[call.tick] = [slot.chunk for slot in call.row.slots]
+        if call.call.source != "flight":
+            if not call.rebuilt:
+                out.switches[call.tick] = [slot.chunk for slot in call.row.slots]
             continue
         for slot in call.row.slots:
             sigma = None if slot.op is SlotOp.CLEAN else engine.ladder_of(slot.chunk).sigmas[slot.p_in]
@@ -158,8 +159,9 @@ def reads_of(calls: Iterable[PlannedCall]) -> list[Reads]:
     rows: dict[int | str, Reads] = {}
     folded: Counter = Counter()  # frames that a page of the sink has taken up
     for call in calls:
-        if call.call.source == "past":
-            rows[f"tick {call.tick}"] = Reads(AGAIN, _keys(call, call.plan.groups[0], call.frames[0], folded))
+        if call.call.source != "flight":
+            own = [frame for part in call.frames for frame in part]
+            rows[f"tick {call.tick}"] = Reads(AGAIN, _keys(call, call.plan.groups[-1], own, folded))
         else:
             _read_slots(call, rows, folded)
         folded.update(fold.target for fold in call.plan.folds)
@@ -189,7 +191,7 @@ def _places(keys: Iterable[Key]) -> set[tuple[int, float | None]]:
     return {(key.frame, key.position) for key in keys}
 
 
-def _keys(call: PlannedCall, group: Group, own: range, folded: Counter) -> list[Key]:
+def _keys(call: PlannedCall, group: Group, own: Sequence[int], folded: Counter) -> list[Key]:
     keys = []
     for segment in group.segments:
         for page, frame, position in zip(segment.pages, segment.frames, segment.positions, strict=True):

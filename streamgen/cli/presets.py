@@ -103,13 +103,17 @@ def _schedule(config: StreamConfig) -> str:
 def regions(engine: Engine) -> str:
     """What a call may read in steady state, in latent frames; of a policy from outside its name."""
     config, cache = engine.config, engine.config.cache
-    if cache.policy not in ("window", "anchor", "bank", "look-back"):
+    if cache.policy == "rebuild":
+        return f"context {cache.window - engine.flight_frames}, flight {engine.flight_frames}"
+    if cache.policy not in ("window", "anchor", "bank", "look-back", "shots"):
         return f"{cache.policy}, flight {engine.flight_frames}"
     parts = {"sink" if cache.ema_decay is None else "EMA sink": cache.sink}
     if cache.policy == "anchor":
         parts["anchors"] = cache.anchors * config.chunk.latent_frames
     if cache.policy == "bank":
         parts["bank"] = cache.bank.size
+    if cache.policy == "shots":
+        parts["context"] = cache.context.frames
     unbounded = cache.window == -1
     parts["recent"] = "all" if unbounded else cache.window - cache.sink - engine.flight_frames
     parts["flight"] = engine.flight_frames
@@ -171,8 +175,8 @@ def tick_table(calls: Iterable[PlannedCall]) -> str:
     """A walk as text: which chunk takes which step at which tick."""
     rows: list[tuple[str, dict[int, str]]] = []
     for call in calls:
-        past = call.call.source == "past"
-        label = "switch" if past else str(call.tick)
+        again = call.call.source != "flight"
+        label = "switch" if again and not call.rebuilt else str(call.tick)
         if not rows or rows[-1][0] != label:
             rows.append((label, {}))
         for chunk, mark in _marks(call):
@@ -185,7 +189,7 @@ def _marks(call: PlannedCall) -> Iterator[tuple[int, str]]:
     """What a call does to its chunks."""
     from streamgen.schedules import SlotOp
 
-    if call.call.source == "past":
+    if call.call.source != "flight":
         yield from ((slot.chunk, "r") for slot in call.row.slots)
         return
     for slot in call.row.slots:

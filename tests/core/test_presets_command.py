@@ -58,7 +58,7 @@ def walked(engine: Engine, chunks: int, switches: list[int]) -> list[tuple]:
     """The same of a walk."""
     return [
         (
-            -1 if c.call.source == "past" else c.tick,
+            c.tick if c.call.source == "flight" else -1,
             c.call.kind.value,
             c.call.source,
             tuple(slot.chunk for slot in c.row.slots),
