@@ -146,6 +146,25 @@ class BankConfig:
 
 
 @dataclass
+class DeepConfig:
+    """What a compressed window keeps: see `streamgen.cache.deep.DeepOptions`."""
+
+    kept: int = 2
+    recent: int = 4
+    reuse: int = 7
+
+
+@dataclass
+class MergedConfig:
+    """Entries that stand for many keys: see `streamgen.cache.merged.MergedOptions`."""
+
+    size: int = 6
+    threshold: float = 0.95
+    most: int = 8
+    half_life: float = 120.0
+
+
+@dataclass
 class CacheConfig:
     """`policy` names a registered cache policy; sizes in latent frames; `options` go to external policies.
 
@@ -154,6 +173,7 @@ class CacheConfig:
     `ema_decay`: frames that leave the window are folded into the sink, α·sink + (1 - α)·frame.
     `anchors`: chunks kept for good, each the first one of a prompt; `anchor_every`: one of so many chunks instead, seen
     once `anchor_switch` has left the window.
+    `collapse_text`: rows of zeros behind a prompt are read as one key that counts for all of them (FAST-AR).
     """
 
     policy: str = "window"
@@ -167,6 +187,9 @@ class CacheConfig:
     anchor_every: int | None = None
     anchor_switch: int = 0
     bank: BankConfig = field(default_factory=BankConfig)
+    deep: DeepConfig = field(default_factory=DeepConfig)
+    merged: MergedConfig = field(default_factory=MergedConfig)
+    collapse_text: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 

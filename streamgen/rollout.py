@@ -178,7 +178,8 @@ class Rollout:
         if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
             return GraphStore(geometry)
         most = max(self.flight_frames, self._recache_frames())
-        return KVStore(geometry, self.policy.pages, most, self.dtype, self.device)
+        aside = getattr(self.policy, "aside", None)
+        return KVStore(geometry, self.policy.pages, most, self.dtype, self.device, aside)
 
     def _recache_frames(self) -> int:
         return recache_frames(self.engine.config, self.num_latent_frames)
@@ -499,7 +500,8 @@ class Rollout:
                 continue
             self._record(tick, call, row, tuple(frames), [level], plan, expert)
             timestep = self._timestep([level], tuple(frames))
-            self._forward(expert, x, channels, timestep, text, context, commit_only=True)
+            commit_only = not plan.remember  # otherwise the last layer's queries are read too
+            self._forward(expert, x, channels, timestep, text, context, commit_only)
             calls.append((store, plan, context, text.keys[expert]))
         self._publish(calls, [f for part in frames for f in part])
         self.timings.add("commit" if call.source == "flight" else "recache", begin)

@@ -5,6 +5,8 @@
 
 from streamgen.cache.anchors import AnchorPolicy
 from streamgen.cache.bank import BankPolicy
+from streamgen.cache.deep import DeepPolicy
+from streamgen.cache.merged import MergedPolicy
 from streamgen.cache.plan import Fold, Group, Plan, Segment, Write
 from streamgen.cache.policies import CachePolicy, Sizes, WindowPolicy, register_policy
 from streamgen.cache.store import CacheContext, GraphStore, KVStore
@@ -14,10 +16,12 @@ __all__ = [
     "BankPolicy",
     "CacheContext",
     "CachePolicy",
+    "DeepPolicy",
     "Fold",
     "GraphStore",
     "Group",
     "KVStore",
+    "MergedPolicy",
     "Plan",
     "Sizes",
     "Segment",

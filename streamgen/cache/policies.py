@@ -6,12 +6,12 @@ a function of its number and of the frame the sink begins at, so nothing is ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from streamgen.cache.plan import FLIGHT, Fold, Group, Plan, Segment, Write
-from streamgen.cache.positions import Seen, position_rule
+from streamgen.cache.positions import OWN_NUMBERS, Seen, position_rule
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError
 from streamgen.registry import Registry
@@ -39,6 +39,8 @@ class CachePolicy(Protocol):
     """
 
     pages: int  # persistent pages of one lane's cache
+    # optional, `aside: Mapping[str, int | None]`: what the store keeps beside keys and values, in float32 for every
+    # layer and sample: a number for every token (None), or as many vectors as wide as a key
 
     def plan(self, call: Call, row: Row, frames: Sequence[range]) -> Plan:
         """Reads and writes of a row; `frames` are each slot's latent frames. Changes nothing."""
@@ -166,11 +168,25 @@ def needs_own_commits(config: StreamConfig) -> None:
         )
 
 
+def keeps_numbers(options: WindowOptions, cause: str) -> None:
+    """Raises InputError for memories by content where frames do not leave a window, or lose their numbers there."""
+    if options.window == -1:
+        raise InputError(f"{cause} remembers what a window forgets: cache.window=-1 forgets nothing")
+    if options.positions not in OWN_NUMBERS:
+        raise InputError(
+            f"{cause} keeps tokens at the numbers of their frames, which positions.rule={options.positions} takes from "
+            f"those beside them: use positions.rule={' or '.join(OWN_NUMBERS)}"
+        )
+    if options.ema_decay is not None:
+        raise InputError(f"{cause} takes up what cache.ema_decay={options.ema_decay:g} would fold: use one of them")
+
+
 @register_policy("window", WindowOptions)
 class WindowPolicy:
     """A sink and the most recent frames (StreamingLLM's sinks in LongLive's form, arXiv:2509.22622)."""
 
-    extra_region, extra_fixed = "extra", False
+    extra_region, extra_fixed, extra_counted = "extra", False, False
+    aside: Mapping[str, int | None] = {}
 
     def __init__(self, options: WindowOptions, sizes: Sizes) -> None:
         self.options, self.sizes = options, sizes
@@ -283,13 +299,16 @@ class WindowPolicy:
         first, stop, end = part
         place = lambda frames: [(frame, self.page(frame)) for frame in frames]
         regions = (("sink", place(sink)), (self.extra_region, extra), ("recent", place(recent)))
-        seen = Seen(sink, [f for f, _ in extra], recent, own[:end], self.options.window, self.options.span)
+        sizes = (self.options.window, self.options.span, self.sizes.chunk)
+        seen = Seen(sink, [f for f, _ in extra], recent, own[:end], *sizes)
         positions = tuple((rule or self.rule)(seen))
         segments, start = [], 0
         for name, places in regions:
             frames, pages = tuple(f for f, _ in places), tuple(page for _, page in places)
             at = positions[start : start + len(places)]
-            segments.append(Segment(name, pages, frames, at, fixed=name == self.extra_region and self.extra_fixed))
+            own_region = name == self.extra_region
+            fixed, counted = own_region and self.extra_fixed, own_region and self.extra_counted
+            segments.append(Segment(name, pages, frames, at, fixed=fixed, counted=counted))
             start += len(places)
         segments.append(Segment(FLIGHT, tuple(range(end)), tuple(own[:end]), positions[start:]))
         queries = positions[start + first : start + stop]
@@ -307,12 +326,15 @@ class WindowPolicy:
         """Frames that these push out of the ring, into the sink in turn; done before anything is written."""
         if self.options.ema_decay is None or not published:
             return ()
-        first = max(self.base + self.sink, self.oldest)  # what was cut is gone
-        leaving = range(max(first, self.frames - self.ring), min(self.frames, published[-1] + 1 - self.ring))
         return tuple(
             Fold(self.page(f), (f - self.base) % self.sink, self.options.ema_decay, self.options.ema_precision)
-            for f in leaving
+            for f in self._leaving(published)
         )
+
+    def _leaving(self, published: Sequence[int]) -> range:
+        """Frames that these push out of the ring."""
+        first = max(self.base + self.sink, self.oldest)  # what was cut is gone
+        return range(max(first, self.frames - self.ring), min(self.frames, published[-1] + 1 - self.ring))
 
     def commit(self, frames: Sequence[int]) -> None:
         self.frames = max(self.frames, frames[-1] + 1)
@@ -326,7 +348,8 @@ class WindowPolicy:
             return options.span
         if options.window == -1 or (options.positions == "absolute" and self._lags()):
             return total
-        return min(options.window, total or options.window) + self._extra_frames()
+        gap = self.sizes.chunk if options.positions == "trail" else 0
+        return min(options.window + gap, total or options.window + gap) + self._extra_frames()
 
     def _lags(self) -> bool:
         """Whether something stays visible that the stream moves away from."""

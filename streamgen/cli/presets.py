@@ -103,15 +103,21 @@ def _schedule(config: StreamConfig) -> str:
 def regions(engine: Engine) -> str:
     """What a call may read in steady state, in latent frames; of a policy from outside its name."""
     config, cache = engine.config, engine.config.cache
-    if cache.policy not in ("window", "anchor", "bank"):
+    if cache.policy not in ("window", "anchor", "bank", "deep", "merged"):
         return f"{cache.policy}, flight {engine.flight_frames}"
     parts = {"sink" if cache.ema_decay is None else "EMA sink": cache.sink}
     if cache.policy == "anchor":
         parts["anchors"] = cache.anchors * config.chunk.latent_frames
     if cache.policy == "bank":
         parts["bank"] = cache.bank.size
-    unbounded = cache.window == -1
-    parts["recent"] = "all" if unbounded else cache.window - cache.sink - engine.flight_frames
+    if cache.policy == "merged":
+        parts["merged"] = cache.merged.size
+    unbounded, recent = cache.window == -1, cache.window - cache.sink - engine.flight_frames
+    if cache.policy == "deep" and cache.deep.kept:
+        chunk, deep = config.chunk.latent_frames, cache.deep
+        grows = (cache.window - cache.sink - deep.kept - deep.recent) // chunk * chunk  # until the next choice
+        parts["chosen"], recent = deep.kept, deep.recent - chunk + grows
+    parts["recent"] = "all" if unbounded else recent
     parts["flight"] = engine.flight_frames
     return ", ".join(f"{name} {frames}" for name, frames in parts.items() if frames)
 
