@@ -216,6 +216,25 @@ class ContextConfig:
 
 
 @dataclass
+class DeepConfig:
+    """What a compressed window keeps: see `streamgen.cache.deep.DeepOptions`."""
+
+    kept: int = 2
+    recent: int = 4
+    reuse: int = 7
+
+
+@dataclass
+class MergedConfig:
+    """Entries that stand for many keys: see `streamgen.cache.merged.MergedOptions`."""
+
+    size: int = 6
+    threshold: float = 0.95
+    most: int = 8
+    half_life: float = 120.0
+
+
+@dataclass
 class CacheConfig:
     """`policy` names a registered cache policy; sizes in latent frames; `options` go to external policies.
 
@@ -226,6 +245,7 @@ class CacheConfig:
     once `anchor_switch` has left the window.
     `look_back`: see `streamgen.cache.look_back`.
     `attention_bias`: what a key of a recent frame counts in the steps, 1 = as much as any; ln of it is added to logits.
+    `collapse_text`: rows of zeros behind a prompt are read as one key that counts for all of them (FAST-AR).
     """
 
     policy: str = "window"
@@ -242,6 +262,9 @@ class CacheConfig:
     bank: BankConfig = field(default_factory=BankConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     attention_bias: float = 1.0
+    deep: DeepConfig = field(default_factory=DeepConfig)
+    merged: MergedConfig = field(default_factory=MergedConfig)
+    collapse_text: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 

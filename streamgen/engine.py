@@ -20,6 +20,7 @@ from streamgen.config import StreamConfig
 from streamgen.errors import InputError
 from streamgen.forward import Forward
 from streamgen.ladder import Ladder, build_ladder
+from streamgen.models.blocks import collapse_padding
 from streamgen.noise import Noise, TensorNoise
 from streamgen.rollout import CallRecord, LatentChunk, Rollout, Text, build_policy
 from streamgen.schedules import HORIZON, SCHEDULES, Schedule, lanes
@@ -134,7 +135,10 @@ class Engine:
     def keyed(self, embeds: Tensor, epoch: int, image: Tensor | None) -> Text:
         """Keys of every expert for text that stands ready, [branches·B, L, D]."""
         more = () if image is None else (image,)
-        return Text(embeds, tuple(expert.text_keys(embeds, *more) for expert in self.experts), epoch, image)
+        keys = [expert.text_keys(embeds, *more) for expert in self.experts]
+        if self.config.cache.collapse_text:
+            keys = [collapse_padding(each, embeds) for each in keys]
+        return Text(embeds, tuple(keys), epoch, image)
 
     @property
     def branches(self) -> int:

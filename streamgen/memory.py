@@ -10,13 +10,14 @@ few tables that stay in float32.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from streamgen.cache.positions import OWN_NUMBERS
 from streamgen.cache.store import ROTATED_AT_ONCE, Geometry, KVStore
 from streamgen.config import StreamConfig, available, check_choice, suggest
 from streamgen.device import resolve_dtype
@@ -159,7 +160,7 @@ def estimate(
     rows = len(lanes(engine.schedule, engine.steps, config.chunk.count(total)))  # in one call, each with a cache
     policy = build_policy(config, flight, total)
     pages = policy.pages
-    store = _store(net, latents, sequences, pages, max(flight, recached), resolve_dtype(dtype))
+    store = _store(net, latents, sequences, pages, max(flight, recached), resolve_dtype(dtype), policy.aside)
 
     # a switch of mode "recache" runs the whole window in one call; otherwise a call is what is in flight, or made anew
     recaching = config.switch.mode == "recache"
@@ -167,7 +168,8 @@ def estimate(
     absolute = config.positions.rule == "absolute"
     stale = pages if recaching or not absolute else min(pages, chunk)
     endless = config.cache.window != -1
-    seen = (2**62 if endless else total) if absolute else pages + chunk  # frames of different positions, as queries
+    counting = config.positions.rule in OWN_NUMBERS
+    seen = (2**62 if endless else total) if counting else pages + chunk  # frames of different positions, as queries
     tables = min(seen // chunk, RotaryEmbedding.CACHE_SIZE)
     read = (net.text_len or geometry.text_encoder.max_length) + _picture_tokens(geometry)
     state = decoder.state_values * positions * size
@@ -185,7 +187,7 @@ def estimate(
         forward=_forward_bytes(
             net, rows * sequences * call * tokens, sequences * max(pages, call) * tokens, size, device
         ),
-        rotation=_rotation_bytes(stale * store.nbytes // (3 * (pages + store.flight)), net.num_layers, size),
+        rotation=_rotation_bytes(stale * store.keys.nbytes // (pages + store.flight), net.num_layers, size),
         decoding=_decoding_bytes(decoder, at_once, batch * latents[0] * latents[1], chunk, size) + state,
         frames_in_cache=rows * (pages + store.flight),
         tokens_per_frame=tokens,
@@ -193,12 +195,13 @@ def estimate(
 
 
 def _store(
-    net: TransformerGeometry, latents: Sequence[int], sequences: int, pages: int, flight: int, dtype: torch.dtype
+    net: TransformerGeometry, latents: Sequence[int], sequences: int, pages: int, flight: int, dtype: torch.dtype,
+    aside: Mapping[str, int | None] | None = None,
 ) -> KVStore:
     """The cache of a stream, without its bytes."""
     height, width = (side // patch for side, patch in zip(latents, net.patch_size[1:], strict=True))
     grid = Geometry(net.num_layers, sequences, height, width, net.num_attention_heads, net.attention_head_dim)
-    return KVStore(grid, pages, flight, dtype, torch.device("meta"))
+    return KVStore(grid, pages, flight, dtype, torch.device("meta"), aside)
 
 
 def _picture_tokens(geometry: ModelGeometry) -> int:

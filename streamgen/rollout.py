@@ -66,7 +66,13 @@ def build_policy(config: StreamConfig, flight_frames: int, total_frames: int | N
             chosen = options(**config.cache.options)
         except TypeError as error:
             raise InputError(f"cache.options of policy {config.cache.policy!r}: {error}") from None
-    return cls(chosen, Sizes(config.chunk.latent_frames, flight_frames, total_frames))
+    policy = cls(chosen, Sizes(config.chunk.latent_frames, flight_frames, total_frames))
+    missing = [name for name in vars(CachePolicy) if not name.startswith("_") and not hasattr(policy, name)]
+    if missing:
+        raise InputError(
+            f"cache policy {config.cache.policy!r} lacks {', '.join(missing)}: inherit from streamgen.cache.CachePolicy"
+        )
+    return policy
 
 
 def recache_frames(config: StreamConfig, total_frames: int | None) -> int:
@@ -226,7 +232,7 @@ class Rollout:
         if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
             return GraphStore(geometry)
         most = max(self.flight_frames, self._recache_frames())
-        return KVStore(geometry, policy.pages, most, self.dtype, self.device)
+        return KVStore(geometry, policy.pages, most, self.dtype, self.device, policy.aside)
 
     def _recache_frames(self) -> int:
         return recache_frames(self.engine.config, self.num_latent_frames)
@@ -622,8 +628,9 @@ class Rollout:
             if not plan.publishes:  # nobody would read it
                 continue
             self._record(tick, call, row, tuple(frames), [level], plan, expert)
+            alone = not plan.remember  # otherwise the last layer's queries are read too
             x = x.to(self.dtype)
-            yield [BoundRow(expert, x, channels, timestep, text, context, prompt_index=which, commit_only=True)]
+            yield [BoundRow(expert, x, channels, timestep, text, context, prompt_index=which, commit_only=alone)]
             calls.append((store, plan, context, text.keys[expert]))
         self._publish(cache, calls, [f for part in frames for f in part])
         self.timings.add("commit" if call.source == "flight" else "recache", begin)

@@ -7,7 +7,9 @@
 from streamgen.cache.anchors import AnchorPolicy
 from streamgen.cache.bank import BankPolicy
 from streamgen.cache.context import RebuildPolicy
+from streamgen.cache.deep import DeepPolicy
 from streamgen.cache.look_back import LookBackPolicy
+from streamgen.cache.merged import MergedPolicy
 from streamgen.cache.plan import Fold, Group, Plan, Segment, Write
 from streamgen.cache.policies import CachePolicy, Sizes, WindowPolicy, register_policy
 from streamgen.cache.shots import ShotPolicy
@@ -18,11 +20,13 @@ __all__ = [
     "BankPolicy",
     "CacheContext",
     "CachePolicy",
+    "DeepPolicy",
     "Fold",
     "GraphStore",
     "Group",
     "KVStore",
     "LookBackPolicy",
+    "MergedPolicy",
     "Plan",
     "RebuildPolicy",
     "ShotPolicy",

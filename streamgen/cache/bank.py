@@ -47,6 +47,11 @@ class BankOptions(WindowOptions):
     @classmethod
     def from_config(cls, config: StreamConfig) -> BankOptions:
         needs_own_commits(config)
+        if config.cache.collapse_text:
+            raise InputError(
+                "cache.policy=bank scores frames by all rows of a prompt, and cache.collapse_text=true leaves one of "
+                "its padding: use cache.collapse_text=false"
+            )
         bank = config.cache.bank
         own = dict(size=bank.size, interval=bank.interval, sparse=bank.sparse, kept=bank.kept, repeat=bank.repeat)
         return cls(**vars(WindowOptions.from_config(config)), **own)

@@ -18,6 +18,7 @@ class Segment:
         positions: temporal position of each at reading.
         phase: radians added to their temporal angles.
         fixed: keys were rotated when they were kept; `positions` are what is known of that.
+        counted: every token has a time of its own and a number of keys it stands for; the store knows both.
         log_bias: added to their attention logits (ln n for a key that stands for n).
     """
 
@@ -28,6 +29,7 @@ class Segment:
     phase: float = 0.0
     log_bias: float = 0.0
     fixed: bool = False
+    counted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +107,44 @@ class Merge:
 
 
 @dataclass(frozen=True, slots=True)
+class Choose:
+    """Keep in the pages `target` those tokens of `segments` that recent queries ask for most, rotated as they are read.
+
+    Each layer and sample for itself, in the call and before it reads them: score = sum of its queries, and of those
+    that commits remembered, times the key over all heads. A token that was kept `limit` times is not kept again.
+    """
+
+    segments: tuple[Segment, ...]
+    target: tuple[int, ...]
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Absorb:
+    """Before anything is written, merge the tokens of frames that leave into `pages`, place by place of the picture.
+
+    A token joins the entry there whose raw key is most like its own (mean cosine of the heads) if that is `threshold`
+    or more and the entry stands for fewer than `most`: newest key and time, mean value, one more to its number.
+    Otherwise it becomes an entry, where the worth n·exp(-age / half_life) of what was there is least.
+
+    `held`: pages in use before, all others are empty. Ages and half-life in latent frames.
+    """
+
+    sources: tuple[int, ...]
+    times: tuple[float, ...]
+    pages: tuple[int, ...]
+    held: int
+    threshold: float
+    most: int
+    half_life: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """All groups of a row, and what becomes visible to others when the call is committed: folds, writes, record, merge.
 
     `stages`: written as soon as the call is through, read by later calls of the same chunk alone.
+    `remember`: (index in the call, place) of frames whose queries, summed, are kept for choices to come.
     """
 
     groups: tuple[Group, ...]
@@ -117,6 +153,14 @@ class Plan:
     stages: tuple[Write, ...] = ()
     record: Record | None = None
     merge: Merge | None = None
+    choose: Choose | None = None
+    absorb: Absorb | None = None
+    remember: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def by_content(self) -> bool:
+        """Whether what is kept depends on keys and queries."""
+        return bool(self.record or self.merge or self.choose or self.absorb or self.remember)
 
     @property
     def publishes(self) -> bool:
@@ -126,7 +170,9 @@ class Plan:
     def signature(self) -> tuple:
         """Shapes alone: two plans with one signature can share a captured graph."""
         groups = tuple(
-            (len(g.query_frames), tuple((s.region, len(s.pages), bool(s.log_bias)) for s in g.segments))
+            (len(g.query_frames), tuple((s.region, len(s.pages), s.counted or bool(s.log_bias)) for s in g.segments))
             for g in self.groups
         )
-        return groups, len(self.writes)
+        chosen_from = sum(len(s.pages) for s in self.choose.segments) if self.choose else 0
+        absorbed = (len(self.absorb.sources), self.absorb.held) if self.absorb else (0, 0)
+        return groups, len(self.writes), chosen_from, absorbed

@@ -7,12 +7,13 @@ a function of its number and of the frame the sink begins at, so nothing is ever
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from streamgen.cache.plan import FLIGHT, Fold, Group, Plan, Segment, Write
-from streamgen.cache.positions import Seen, position_rule
+from streamgen.cache.positions import OWN_NUMBERS, Seen, position_rule
 from streamgen.cache.rebuild import MASKS, Rebuild, attenuated, block_causal
 from streamgen.config import StreamConfig, check_choice
 from streamgen.errors import InputError
@@ -35,15 +36,18 @@ class Sizes:
 
 
 class CachePolicy(Protocol):
-    """What `register_policy` takes: `cls(options, sizes)`.
+    """What `register_policy` takes: `cls(options, sizes)`. Inherit from it: what has a default here may be left out.
 
     `options` are made from `cache.options`, or by their own `from_config(StreamConfig)` if they have one.
     """
 
     pages: int  # persistent pages of one lane's cache
-    own_texts: bool  # whether past frames are ever told their own prompts again
-    pictures: bool  # whether latents are ever made anew from pixels
-    rebuilt: int  # frames that `rebuild` asks for, at most
+    own_texts: bool = False  # whether past frames are ever told their own prompts again
+    pictures: bool = False  # whether latents are ever made anew from pixels
+    rebuilt: int = 0  # frames that `rebuild` asks for, at most
+    # what the store keeps beside keys and values, in float32 for every layer and sample: a number for every token
+    # (None), or as many vectors as wide as a key
+    aside: Mapping[str, int | None] = MappingProxyType({})
 
     def plan(self, call: Call, row: Row, frames: Sequence[range]) -> Plan:
         """Reads and writes of a row; `frames` are each slot's latent frames. Changes nothing."""
@@ -58,30 +62,29 @@ class CachePolicy(Protocol):
 
         Called before they are; `switched` afterwards. `requested`: the latent frame the user named.
         """
-        ...
+        return None
 
     def rebuild(self, first: int, changing: bool) -> Rebuild | None:
         """What is to be encoded again before the chunk that begins at frame `first`; None once it is, or for good.
 
         Asked as the chunk enters; with `changing` also before a new prompt takes effect with it.
         """
-        ...
+        return None
 
     def keeps(self) -> Collection[int]:
         """Frames whose latents may be asked for after the window has passed them."""
-        ...
+        return ()
 
     def switched(self, mode: str, requested: int) -> None:
         """The new prompt is in effect."""
-        ...
 
     def variant(self, row: Row) -> object:
         """What a plan depends on besides a row's frames: steps of a chunk with equal variants share one plan."""
-        ...
+        return any(slot.publish for slot in row.slots)
 
     def reach(self) -> int | None:
         """Temporal positions that a query and its keys may span; None = they grow with an endless stream."""
-        ...
+        return None
 
     def state_dict(self) -> dict: ...
     def load_state_dict(self, state: dict) -> None: ...
@@ -209,13 +212,24 @@ def needs_own_commits(config: StreamConfig) -> None:
         )
 
 
+def keeps_numbers(options: WindowOptions, cause: str) -> None:
+    """Raises InputError for memories by content where frames do not leave a window, or lose their numbers there."""
+    if options.window == -1:
+        raise InputError(f"{cause} remembers what a window forgets: cache.window=-1 forgets nothing")
+    if options.positions not in OWN_NUMBERS:
+        raise InputError(
+            f"{cause} keeps tokens at the numbers of their frames, which positions.rule={options.positions} takes from "
+            f"those beside them: use positions.rule={' or '.join(OWN_NUMBERS)}"
+        )
+    if options.ema_decay is not None:
+        raise InputError(f"{cause} takes up what cache.ema_decay={options.ema_decay:g} would fold: use one of them")
+
+
 @register_policy("window", WindowOptions)
-class WindowPolicy:
+class WindowPolicy(CachePolicy):
     """A sink and the most recent frames (StreamingLLM's sinks in LongLive's form, arXiv:2509.22622)."""
 
-    extra_region, extra_fixed = "extra", False
-    own_texts = pictures = False
-    rebuilt = 0  # frames that `rebuild` asks for, at most
+    extra_region, extra_fixed, extra_counted = "extra", False, False
 
     def __init__(self, options: WindowOptions, sizes: Sizes) -> None:
         self.options, self.sizes = options, sizes
@@ -345,7 +359,8 @@ class WindowPolicy:
         place = lambda frames: [(frame, self.page(frame)) for frame in frames]
         regions = (("sink", place(sink)), (self.extra_region, extra), ("recent", place(recent)))
         ahead, others, options = [*sink, *own[:lead]], [f for f, _ in extra], self.options
-        seen = Seen(ahead, others, recent, own[lead:end], options.window, options.span, options.lead)
+        sizes = (options.window, options.span, self.sizes.chunk, options.lead)
+        seen = Seen(ahead, others, recent, own[lead:end], *sizes)
         positions = tuple((rule or self.rule)(seen))
         if lead:  # they are the call's own: behind `extra` in reading order
             split = lead + len(others)
@@ -354,7 +369,9 @@ class WindowPolicy:
         for name, places in regions:
             frames, pages = tuple(f for f, _ in places), tuple(page for _, page in places)
             at = positions[start : start + len(places)]
-            segments.append(Segment(name, pages, frames, at, fixed=name == self.extra_region and self.extra_fixed))
+            own_region = name == self.extra_region
+            fixed, counted = own_region and self.extra_fixed, own_region and self.extra_counted
+            segments.append(Segment(name, pages, frames, at, fixed=fixed, counted=counted))
             start += len(places)
         segments.append(Segment(FLIGHT, tuple(range(end)), tuple(own[:end]), positions[start:]))
         queries = positions[start + first : start + stop]
@@ -372,18 +389,18 @@ class WindowPolicy:
         """Frames that these push out of the ring, into the sink in turn; done before anything is written."""
         if self.options.ema_decay is None or not published:
             return ()
-        first = max(self.base + self.sink, self.oldest)  # what was cut is gone
-        leaving = range(max(first, self.frames - self.ring), min(self.frames, published[-1] + 1 - self.ring))
         return tuple(
             Fold(self.page(f), (f - self.base) % self.sink, self.options.ema_decay, self.options.ema_precision)
-            for f in leaving
+            for f in self._leaving(published)
         )
+
+    def _leaving(self, published: Sequence[int]) -> range:
+        """Frames that these push out of the ring."""
+        first = max(self.base + self.sink, self.oldest)  # what was cut is gone
+        return range(max(first, self.frames - self.ring), min(self.frames, published[-1] + 1 - self.ring))
 
     def commit(self, frames: Sequence[int]) -> None:
         self.frames = max(self.frames, frames[-1] + 1)
-
-    def variant(self, row: Row) -> object:
-        return any(slot.publish for slot in row.slots)
 
     def reach(self) -> int | None:
         options, total = self.options, self.sizes.total
@@ -391,7 +408,8 @@ class WindowPolicy:
             return options.span
         if options.window == -1 or (options.positions == "absolute" and self._lags()):
             return total
-        return min(options.window, total or options.window) + self._extra_frames() + options.lead
+        gap = options.lead + (self.sizes.chunk if options.positions == "trail" else 0)
+        return min(options.window + gap, total or options.window + gap) + self._extra_frames()
 
     def _lags(self) -> bool:
         """Whether something stays visible that the stream moves away from."""
@@ -400,9 +418,6 @@ class WindowPolicy:
     def _extra_frames(self) -> int:
         """Most frames that are read besides the window."""
         return 0
-
-    def switched(self, mode: str, requested: int) -> None:
-        pass
 
     def rebuild(self, first: int, changing: bool) -> Rebuild | None:
         return None

@@ -15,8 +15,8 @@ from streamgen.errors import InputError
 class Seen:
     """Stream frames a call reads, region by region in reading order; `own` are the call's.
 
-    `window`: what a step may read besides `extra` (anchors, bank); `span`: positions the model was trained on; `lead`:
-    how far ahead of the call a sink is placed.
+    `window`: what a step may read besides `extra` (anchors, bank); `span`: positions the model was trained on; `chunk`:
+    frames of one; `lead`: how far ahead of the call a sink is placed.
     """
 
     sink: Sequence[int]
@@ -25,6 +25,7 @@ class Seen:
     own: Sequence[int]
     window: int
     span: int
+    chunk: int = 0
     lead: int = 0
 
 
@@ -43,6 +44,18 @@ def before(seen: Seen) -> list[int]:
     follows = [*seen.recent, *seen.own]
     leads = len(seen.sink) + len(seen.extra)
     return [*range(follows[0] - leads, follows[0]), *follows]
+
+
+def trail(seen: Seen) -> list[int]:
+    """The sink a chunk's length before the rest, never before its own numbers; all others keep theirs (Deep Forcing).
+
+    The released code dates the first recent frame without counting the chunk itself; the gap is what remains of that.
+    """
+    follows = [*seen.recent, *seen.own]
+    if not seen.sink:
+        return absolute(seen)
+    start = max(seen.sink[0], follows[0] - seen.chunk - len(seen.extra) - len(seen.sink))
+    return [*range(start, start + len(seen.sink)), *seen.extra, *follows]
 
 
 def tri_region(seen: Seen) -> list[int]:
@@ -65,8 +78,11 @@ def ahead(seen: Seen) -> list[int]:
 
 
 RULES: dict[str, Callable[[Seen], list[int]]] = {
-    "absolute": absolute, "packed": packed, "before": before, "tri-region": tri_region, "ahead": ahead,
+    "absolute": absolute, "packed": packed, "before": before, "trail": trail, "tri-region": tri_region, "ahead": ahead,
 }  # fmt: skip
+
+
+OWN_NUMBERS = ("absolute", "trail")  # rules by which recent frames keep their numbers, as memories by content need
 
 
 def position_rule(name: str) -> Callable[[Seen], list[int]]:

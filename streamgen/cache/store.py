@@ -6,12 +6,13 @@ another position: once per chunk for packed positions, once per frame for absolu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from streamgen.cache import content
 from streamgen.cache.plan import FLIGHT, Fold, Group, Merge, Plan, Record, Segment, Write
 from streamgen.errors import InputError
 from streamgen.kernels.attention import attend
@@ -21,6 +22,7 @@ from streamgen.models.context import in_order, take_frames
 from streamgen.models.rope import RotaryEmbedding
 
 FIXED = ("fixed",)  # the rotated copy of a page is the page
+TIMED = ("timed",)  # its tokens are rotated to a time each of their own
 ROTATED_AT_ONCE = 2**26  # bytes of keys: rotating takes six times as much for a moment
 
 
@@ -47,7 +49,11 @@ class KVStore:
     full. `publish` copies what a plan writes; until then nothing that others read has changed.
     """
 
-    def __init__(self, geometry: Geometry, pages: int, flight: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, geometry: Geometry, pages: int, flight: int, dtype: torch.dtype, device: torch.device,
+        aside: Mapping[str, int | None] | None = None,
+    ) -> None:
+        """`aside`: as a policy names it."""
         g = geometry
         self.geometry, self.pages, self.flight = g, pages, flight
         shape = (g.layers, g.batch, pages + flight, g.tokens_per_frame, g.heads, g.head_dim)
@@ -56,6 +62,14 @@ class KVStore:
         self.rotated = torch.zeros_like(self.keys)
         self.angles: list[tuple | None] = [None] * pages  # (position, phase) each page is rotated to, or FIXED
         self.sums: dict[tuple[str, int], Tensor] = {}  # of folded pages, in float32 at least
+        wide = torch.promote_types(dtype, torch.float32)
+        per_token = (pages, g.tokens_per_frame)
+        self.aside: dict[str, Tensor] = {
+            name: torch.zeros(
+                g.layers, g.batch, *(per_token if n is None else (n, g.heads, g.head_dim)), dtype=wide, device=device
+            )
+            for name, n in (aside or {}).items()
+        }
         self._forget_views()
 
     def _forget_views(self) -> None:
@@ -65,34 +79,46 @@ class KVStore:
 
     @property
     def nbytes(self) -> int:
-        sums = sum(tensor.numel() * tensor.element_size() for tensor in self.sums.values())
-        return 3 * self.keys.numel() * self.keys.element_size() + sums
+        beside = (*self.sums.values(), *self.aside.values())
+        return 3 * self.keys.numel() * self.keys.element_size() + sum(t.numel() * t.element_size() for t in beside)
 
-    def rotate_pages(self, rope: RotaryEmbedding, wanted: dict[int, tuple[float, float] | None]) -> None:
-        """Bring the rotated copy of these pages to (position, phase); None = keys are kept rotated."""
-        for page in [page for page, angle in wanted.items() if angle is None and self.angles[page] != FIXED]:
-            self.rotated[:, :, page] = self.keys[:, :, page]
-            self.angles[page] = FIXED
-        stale = [page for page, angle in wanted.items() if angle is not None and self.angles[page] != angle]
+    def rotate_pages(self, rope: RotaryEmbedding, wanted: dict[int, tuple]) -> None:
+        """Bring the rotated copy of these pages to (position, phase), or as FIXED and TIMED have it."""
+        stale = [page for page, angle in wanted.items() if self.angles[page] != angle]
         if not stale:
+            return
+        timed = [page for page in stale if wanted[page] == TIMED]
+        if timed:
+            content.rotate_to_times(self, rope, timed)
+        for page in [page for page in stale if wanted[page] == FIXED]:
+            self.rotated[:, :, page] = self.keys[:, :, page]
+        self._rotate(rope, {page: wanted[page] for page in stale if wanted[page] not in (FIXED, TIMED)})
+        for page in stale:
+            self.angles[page] = wanted[page]
+
+    def _rotate(self, rope: RotaryEmbedding, wanted: dict[int, tuple[float, float]]) -> None:
+        if not wanted:
             return
         g = self.geometry
         cos, sin = rope.angles(
-            [wanted[p][0] for p in stale], g.height, g.width, [wanted[p][1] for p in stale], self.keys.device
-        )
-        index = torch.tensor(stale, device=self.keys.device)
-        layers = max(1, ROTATED_AT_ONCE // (len(stale) * self.keys[0, :, 0].nbytes))
+            [at for at, _ in wanted.values()], g.height, g.width, [phase for _, phase in wanted.values()],
+            self.keys.device,
+        )  # fmt: skip
+        index = torch.tensor(list(wanted), device=self.keys.device)
+        layers = max(1, ROTATED_AT_ONCE // (len(wanted) * self.keys[0, :, 0].nbytes))
         for keys, rotated in zip(self.keys.split(layers), self.rotated.split(layers), strict=True):
             raw = keys.index_select(2, index)  # [layers, B, n, T, H, D]
             turned = rotate(raw.flatten(0, 1).flatten(1, 2), cos, sin).view(raw.shape)
             rotated.index_copy_(2, index, turned)
-        for page in stale:
-            self.angles[page] = wanted[page]
 
     def publish(self, plan: Plan, context: CacheContext | None = None, text: TextKeys | None = None) -> None:
         """Make a finished call's frames visible: tentative pages -> their own. `text`: the prompt, for merges."""
         self._fold(plan.folds)
+        if plan.absorb is not None:
+            content.absorb(self, plan.absorb)
         self._write(plan.writes)
+        if plan.remember:
+            context.remember()
         if plan.record is not None:
             self._record(plan.record, context.rope)
         if plan.merge is not None:
@@ -161,21 +187,25 @@ class KVStore:
         other.geometry, other.pages, other.flight = self.geometry, self.pages, self.flight
         other.keys, other.values, other.rotated = self.keys.clone(), self.values.clone(), self.rotated.clone()
         other.angles, other.sums = list(self.angles), dict(self.sums)
+        other.aside = {name: tensor.clone() for name, tensor in self.aside.items()}
         other._forget_views()
         return other
 
     def state_dict(self) -> dict:
-        """Keys and values of the persistent pages; the rotated copy follows from them."""
+        """Keys and values of the persistent pages, what is kept beside them; the rotated copy follows from these."""
         return {
             "keys": self.keys[:, :, : self.pages].clone(),
             "values": self.values[:, :, : self.pages].clone(),
             "sums": dict(self.sums),
+            **{name: tensor.clone() for name, tensor in self.aside.items()},
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.keys[:, :, : self.pages] = state["keys"]
         self.values[:, :, : self.pages] = state["values"]
         self.sums = {key: tensor.to(self.keys.device) for key, tensor in state["sums"].items()}
+        for name, tensor in self.aside.items():
+            tensor.copy_(state[name])
         self.angles = [None] * self.pages
 
 
@@ -185,19 +215,35 @@ class CacheContext:
     def __init__(self, store: KVStore, plan: Plan, rope: RotaryEmbedding) -> None:
         self.store, self.plan, self.rope = store, plan, rope
         self.keep = plan.publishes or bool(plan.stages)  # raw keys are needed only if they may be published
-        wanted: dict[int, tuple[float, float] | None] = {}
+        wanted: dict[int, tuple] = {}
         for segment in _cached_segments(plan):
             for page, position in zip(segment.pages, segment.positions, strict=True):
-                angle = None if segment.fixed else (position, segment.phase)
+                angle = FIXED if segment.fixed else TIMED if segment.counted else (position, segment.phase)
                 if wanted.setdefault(page, angle) != angle:
                     raise ValueError(f"page {page} is read at two positions in one call: plan two calls instead")
         store.rotate_pages(rope, wanted)
-        self.groups = [_BoundGroup(store, group, rope) for group in plan.groups]
+        self.choice = None if plan.choose is None else content.Choice(store, plan.choose)
+        self.asked: dict[int, Tensor] = {}  # queries per layer, summed over each frame, [B, F, H, D]
+        watch = self._watch if plan.choose or plan.remember else None
+        self.groups = [_BoundGroup(store, group, rope, watch) for group in plan.groups]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.stage(layer, key, value)
         outputs = [group.attend(layer, query, key) for group in self.groups]
         return in_order(outputs, [group.query_frames for group in self.plan.groups])
+
+    def _watch(self, layer: int, query: Tensor) -> None:
+        """What is done with the rotated queries of a call of one group, before it reads."""
+        frames = widen(query).unflatten(1, (-1, self.store.geometry.tokens_per_frame)).sum(2)
+        if self.choice is not None:
+            self.choice.make(layer, frames.sum(1))
+        self.asked[layer] = frames
+
+    def remember(self) -> None:
+        """Publish the queries of this call."""
+        for layer, frames in self.asked.items():
+            for index, place in self.plan.remember:
+                self.store.aside["queries"][layer, :, place] = frames[:, index]
 
     def stage(self, layer: int, key: Tensor, value: Tensor) -> None:
         store = self.store
@@ -209,15 +255,18 @@ class CacheContext:
 
 
 def _cached_segments(plan: Plan) -> list[Segment]:
-    return [segment for group in plan.groups for segment in group.segments if segment.region != FLIGHT]
+    read = [segment for group in plan.groups for segment in group.segments if segment.region != FLIGHT]
+    return [*read, *plan.choose.segments] if plan.choose else read
 
 
 class _BoundGroup:
     """One group of a plan: its angles, and which pages of the block it reads."""
 
-    def __init__(self, store: KVStore, group: Group, rope: RotaryEmbedding) -> None:
+    def __init__(
+        self, store: KVStore, group: Group, rope: RotaryEmbedding, watch: Callable[[int, Tensor], None] | None = None
+    ) -> None:
         g, device = store.geometry, store.keys.device
-        self.store, self.group = store, group
+        self.store, self.group, self.watch = store, group, watch
         self.cos, self.sin = rope.angles(
             list(group.query_positions), g.height, g.width, _phases(group.query_phases), device
         )
@@ -244,6 +293,8 @@ class _BoundGroup:
         if self.bias is not None and self.routed:  # what a head picks stands in front, and counts in full
             picked = min(group.route.count, len(self.routed)) * g.tokens_per_frame
             self.bias = torch.nn.functional.pad(self.bias, (picked, 0))
+        counted = [page for s in group.segments if s.counted for page in s.pages]
+        self.biases = content.count_bias(store, ordered, counted) if counted else None
         self.whole = list(group.query_frames) == list(range(len(group.query_frames)))
         # tentative pages of the group's own keys: a slice where they lie side by side
         self.own_run = None
@@ -258,6 +309,8 @@ class _BoundGroup:
             query = take_frames(query, self.group.query_frames, tokens)
         own = key if self.own_first and key.shape[1] == len(self.own) * tokens else take_frames(key, self.own, tokens)
         query = rotate(query, self.cos, self.sin)
+        if self.watch is not None:
+            self.watch(layer, query)
         own = rotate(own, *((self.cos, self.sin) if self.same else (self.key_cos, self.key_sin)))
         rotated = store.layer_rotated[layer]
         own = own.unflatten(1, (-1, tokens))
@@ -270,7 +323,7 @@ class _BoundGroup:
         if self.routed:
             picked = self._route(query, rotated, store.layer_values[layer])
             keys, values = (torch.cat(pair, 1) for pair in zip(picked, (keys, values), strict=True))
-        return attend(query, keys, values, mask=self.bias)
+        return attend(query, keys, values, mask=self.bias if self.biases is None else self.biases[layer])
 
     def _route(self, query: Tensor, rotated: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the pages whose mean key agrees best with the mean query, per head."""
@@ -319,8 +372,6 @@ class GraphStore:
         self.layers: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(geometry.layers)]
 
     def publish(self, plan: Plan, context: GraphContext, text: TextKeys | None = None) -> None:
-        if plan.record or plan.merge:
-            raise InputError("a memory bank is chosen by content, which no gradient passes: stream without gradients")
         for fold in plan.folds:
             for pages in self.layers:
                 blend = (torch.lerp(new, old, fold.decay) for new, old in zip(pages[fold.source], pages[fold.target]))
@@ -338,6 +389,11 @@ class GraphStore:
                 self.layers[layer][write.page] = (keys[:, write.index], values[:, write.index])
 
     def bind(self, plan: Plan, rope: RotaryEmbedding) -> GraphContext:
+        if plan.by_content:
+            raise InputError(
+                "what this cache keeps is chosen by content, which no gradient passes: stream without gradients, or "
+                "use cache.policy=window"
+            )
         return GraphContext(self, plan, rope)
 
     def fork(self) -> GraphStore:

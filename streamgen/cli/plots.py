@@ -33,8 +33,8 @@ SWITCH, COMMIT = "#d1334a", "#12a594"
 NOISE = ((0, (238, 242, 251)), (0.5, (160, 186, 232)), (0.8, (104, 96, 190)), (1, (38, 28, 84)))  # sigma, its colour
 OWN, OTHERS = "own", "others"  # frames in flight: of the row's chunk, of the chunks beside it
 COLOURS = {
-    "sink": "#f2b63c", "anchor": "#ea7b5c", "bank": "#a77fd0", "recent": "#74addd", OWN: "#5fb878",
-    OTHERS: "#c4e6cd",
+    "sink": "#f2b63c", "anchor": "#ea7b5c", "bank": "#a77fd0", "chosen": "#c86fa8", "merged": "#8f9a4b",
+    "recent": "#74addd", OWN: "#5fb878", OTHERS: "#c4e6cd",
 }  # fmt: skip
 NAMES = {OWN: "the chunk itself", OTHERS: "other chunks in flight", "anchor": "anchor"}
 ELSEWHERE = "#b9bec7"  # regions of policies from outside

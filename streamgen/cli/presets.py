@@ -105,7 +105,7 @@ def regions(engine: Engine) -> str:
     config, cache = engine.config, engine.config.cache
     if cache.policy == "rebuild":
         return f"context {cache.window - engine.flight_frames}, flight {engine.flight_frames}"
-    if cache.policy not in ("window", "anchor", "bank", "look-back", "shots"):
+    if cache.policy not in ("window", "anchor", "bank", "look-back", "shots", "deep", "merged"):
         return f"{cache.policy}, flight {engine.flight_frames}"
     parts = {"sink" if cache.ema_decay is None else "EMA sink": cache.sink}
     if cache.policy == "anchor":
@@ -114,8 +114,14 @@ def regions(engine: Engine) -> str:
         parts["bank"] = cache.bank.size
     if cache.policy == "shots":
         parts["context"] = cache.context.frames
-    unbounded = cache.window == -1
-    parts["recent"] = "all" if unbounded else cache.window - cache.sink - engine.flight_frames
+    if cache.policy == "merged":
+        parts["merged"] = cache.merged.size
+    unbounded, recent = cache.window == -1, cache.window - cache.sink - engine.flight_frames
+    if cache.policy == "deep" and cache.deep.kept:
+        chunk, deep = config.chunk.latent_frames, cache.deep
+        grows = (cache.window - cache.sink - deep.kept - deep.recent) // chunk * chunk  # until the next choice
+        parts["chosen"], recent = deep.kept, deep.recent - chunk + grows
+    parts["recent"] = "all" if unbounded else recent
     parts["flight"] = engine.flight_frames
     return ", ".join(f"{name} {frames}" for name, frames in parts.items() if frames)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from streamgen.kernels.attention import attend
 from streamgen.models.context import AttentionContext
 
-__all__ = ["CausalWanTransformerBlock", "ConditionEmbedder", "PatchEmbedding", "TextKeys", "gelu", "modulate", "widen"]
+__all__ = [
+    "CausalWanTransformerBlock", "ConditionEmbedder", "PatchEmbedding", "TextKeys", "collapse_padding", "gelu",
+    "modulate", "widen",
+]  # fmt: skip
 
-KeyValue = tuple[Tensor, Tensor]  # of one block's cross-attention, keys normalised
+# of one block's cross-attention, keys normalised; third, if it is there, what is added to the logits, [B, L]
+KeyValue = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +32,14 @@ class TextKeys:
     """Every block's cross-attention keys (normalised) and values, once per prompt: [B, P, L, H, D] per layer.
 
     Those of the picture, where the model reads one, belong to the sample whatever its prompts: [B, L', H, D] per layer.
+    `bias`, [B, P, L], is added to the logits of every layer: ln n for a key that stands for n, -inf for none.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     image_keys: tuple[Tensor, ...] = ()
     image_values: tuple[Tensor, ...] = ()
+    bias: Tensor | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -42,23 +48,63 @@ class TextKeys:
     @classmethod
     def join(cls, parts: Sequence[TextKeys]) -> TextKeys:
         """The prompts of several beside each other; all for the same samples, hence with the same picture."""
+        parts = cls._alike(parts)
+        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts], 1)
         keys = (torch.cat(layer, 1) for layer in zip(*(part.keys for part in parts), strict=True))
         values = (torch.cat(layer, 1) for layer in zip(*(part.values for part in parts), strict=True))
-        return cls(tuple(keys), tuple(values), parts[0].image_keys, parts[0].image_values)
+        return cls(tuple(keys), tuple(values), parts[0].image_keys, parts[0].image_values, bias)
+
+    @staticmethod
+    def _alike(parts: Sequence[TextKeys]) -> Sequence[TextKeys]:
+        """All with a bias and as many rows, where one of them has a bias."""
+        if all(part.bias is None for part in parts):
+            return parts
+        longest = max(part.keys[0].shape[2] for part in parts)
+        return [part._padded(longest) for part in parts]
+
+    def _padded(self, length: int) -> TextKeys:
+        """With rows that nothing is read of."""
+        batch, prompts, rows = self.keys[0].shape[:3]
+        bias = self.keys[0].new_zeros(batch, prompts, rows) if self.bias is None else self.bias
+        pad = lambda layers: tuple(F.pad(layer, (0, 0, 0, 0, 0, length - rows)) for layer in layers)
+        bias = F.pad(bias, (0, length - rows), value=float("-inf"))
+        return replace(self, keys=pad(self.keys), values=pad(self.values), bias=bias)
 
     @classmethod
     def stack(cls, parts: Sequence[TextKeys]) -> TextKeys:
         """The prompts of several samples below each other, as many and as long each."""
-        names = ("keys", "values", "image_keys", "image_values")
-        return cls(*(tuple(map(torch.cat, zip(*(getattr(p, name) for p in parts), strict=True))) for name in names))
+        parts = cls._alike(parts)
+        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        below = lambda name: tuple(map(torch.cat, zip(*(getattr(part, name) for part in parts), strict=True)))
+        return cls(*map(below, ("keys", "values", "image_keys", "image_values")), bias)
 
     def layer(self, index: int) -> KeyValue:
         """One block's keys and values, prompts folded into the batch: [B·P, L, H, D]."""
-        return self.keys[index].flatten(0, 1), self.values[index].flatten(0, 1)
+        pair = self.keys[index].flatten(0, 1), self.values[index].flatten(0, 1)
+        return pair if self.bias is None else (*pair, self.bias.flatten(0, 1))
 
     def image_layer(self, index: int) -> KeyValue:
         """One block's keys and values of the picture, [B, L', H, D]."""
         return self.image_keys[index], self.image_values[index]
+
+
+def collapse_padding(keys: TextKeys, prompt_embeds: Tensor) -> TextKeys:
+    """Rows of zeros behind the prompts as one key with the logarithm of their number as bias: the same attention.
+
+    Their keys and values are equal, so that many weights e^s sum to e^(s + ln n) (AnnCA's exact part in FAST-AR,
+    arXiv:2602.01801). How many there are is read from the device, once per prompt.
+
+    Args:
+        prompt_embeds: [B, L, D] or [B, P, L, D], what `keys` were made of, before the model padded it.
+    """
+    written = prompt_embeds.ne(0).any(-1).flatten(0, -2).any(0).nonzero()
+    rows, total = int(written.max()) + 1 if len(written) else 0, keys.keys[0].shape[2]
+    if total - rows < 2:
+        return keys
+    cut = lambda layers: tuple(layer[:, :, : rows + 1].clone() for layer in layers)
+    bias = keys.keys[0].new_zeros(*keys.keys[0].shape[:2], rows + 1)
+    bias[..., rows] = math.log(total - rows)
+    return replace(keys, keys=cut(keys.keys), values=cut(keys.values), bias=bias)
 
 
 class RMSNorm(nn.Module):
@@ -265,7 +311,7 @@ class CausalWanTransformerBlock(nn.Module):
         self, x: Tensor, text: Tensor | KeyValue, prompts: Tensor | None, image: Tensor | KeyValue | None
     ) -> Tensor:
         """Cross-attention: [B, F, T, D] -> the same."""
-        key, value = self.attn2.key_value(text) if isinstance(text, Tensor) else text
+        key, value, *bias = self.attn2.key_value(text) if isinstance(text, Tensor) else text
         if prompts is None:
             query = self.attn2.query(x.flatten(1, 2))
             if key.shape[0] != query.shape[0]:  # one text for the whole batch
@@ -273,7 +319,12 @@ class CausalWanTransformerBlock(nn.Module):
         else:
             query = self.attn2.query(x.flatten(0, 1))  # frames as a batch, each with its own text
             key, value = key.index_select(0, prompts), value.index_select(0, prompts)
-        out = attend(query, key.to(query.dtype), value.to(query.dtype), backend=self.attention_backend)
+        if bias:
+            added = bias[0] if prompts is None else bias[0].index_select(0, prompts)
+            mask = added.to(query.dtype)[:, None, None]  # the only back-end that takes one
+            out = attend(query, key.to(query.dtype), value.to(query.dtype), mask=mask)
+        else:
+            out = attend(query, key.to(query.dtype), value.to(query.dtype), backend=self.attention_backend)
         if image is not None:
             out = out + self._read_image(query, image, len(x)).reshape(out.shape)
         return self.attn2.project(out).view(x.shape)

@@ -44,7 +44,7 @@ WHOLE = '''
 from dataclasses import dataclass
 
 import streamgen
-from streamgen.cache import Group, Plan, Segment, Write
+from streamgen.cache import CachePolicy, Group, Plan, Segment, Write
 from streamgen.schedules import Call, CallKind, Op, OpKind, Row, Slot, SlotOp, Tick
 
 
@@ -58,8 +58,8 @@ class LastOptions:
 
 
 @streamgen.register_policy("last-frames", LastOptions)
-class LastFrames:
-    """The last `count` finished frames, counted from the oldest that is seen; nothing inherited."""
+class LastFrames(CachePolicy):
+    """The last `count` finished frames, counted from the oldest that is seen; the protocol's defaults, nothing else."""
 
     def __init__(self, options, sizes):
         self.pages, self.frames = options.count, 0
@@ -77,18 +77,6 @@ class LastFrames:
 
     def commit(self, frames):
         self.frames = frames[-1] + 1
-
-    def switch(self, mode, requested):
-        return None
-
-    def switched(self, mode, requested):
-        pass
-
-    def variant(self, row):
-        return any(slot.publish for slot in row.slots)
-
-    def reach(self):
-        return None
 
     def state_dict(self):
         return {"frames": self.frames}
