@@ -1,0 +1,135 @@
+"""Confidence intervals by the bootstrap (Efron 1979): what a mean over a few clips, or a difference, is worth.
+
+    mean_interval([0.9, None, 0.7, 0.8])               # Interval(value=0.8, low=…, high=…, n=3)
+    paired_interval(ours, baseline)                    # the same prompts and seeds, clip by clip
+
+Undefined values (None, not finite) are dropped, in pairs where there are pairs; `n` says what was left. Intervals are
+those of percentiles and deterministic for a seed; from very few clips (n < 10) they are somewhat too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from streamgen.errors import InputError
+
+Values = Sequence[float | None]
+
+RESAMPLES = 2000
+BLOCK_ENTRIES = 1 << 20  # resampled entries held at a time
+
+
+class Interval(NamedTuple):
+    """An estimate and its confidence interval; both None without values, the interval also with one alone."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int  # clips, or pairs of clips, that count
+
+
+def _columns(*series: Values) -> np.ndarray:
+    """[N, K] of the rows that are finite in all series. Raises: InputError for unequal lengths."""
+    lengths = [len(values) for values in series]
+    if len(set(lengths)) > 1:
+        raise InputError(f"{lengths[0]} and {lengths[1]} values are no pairs; give one of each per clip")
+    table = np.array([[np.nan if v is None else float(v) for v in values] for values in series], float).T
+    table = table.reshape(lengths[0], len(series))
+    return table[np.isfinite(table).all(1)]
+
+
+def _bootstrap(
+    samples: Sequence[np.ndarray], estimate: Callable[..., np.ndarray], level: float, seed: int, resamples: int
+) -> tuple[float, float] | None:
+    """Percentiles of an estimate over resampled samples [N, …], each resampled by itself; None if always undefined.
+
+    `estimate` takes one array [r, N, …] per sample and returns [r], NaN where it is undefined.
+    """
+    if not 0 < level < 1 or resamples < 1:
+        raise InputError(f"level {level} with {resamples} resamples: give a level between 0 and 1 and at least one")
+    streams = [(sample, np.random.default_rng([seed, i])) for i, sample in enumerate(samples)]
+    rows = max(1, BLOCK_ENTRIES // max(len(sample) for sample in samples))
+    found = np.concatenate([
+        estimate(*(s[rng.integers(0, len(s), (min(rows, resamples - first), len(s)))] for s, rng in streams))
+        for first in range(0, resamples, rows)
+    ])  # fmt: skip
+    found = found[np.isfinite(found)]
+    if not len(found):
+        return None
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def mean_interval(values: Values, seed: int = 0, *, level: float = 0.95, resamples: int = RESAMPLES) -> Interval:
+    """The mean over clips with its confidence interval.
+
+    Args:
+        values: one per clip, None where undefined.
+        level: 0.95 for an interval that covers the true mean 95 times of 100.
+    """
+    sample = _columns(values)[:, 0]
+    if not len(sample):
+        return Interval(None, None, None, 0)
+    ends = _bootstrap([sample], lambda s: s.mean(1), level, seed, resamples) if len(sample) > 1 else None
+    return Interval(float(sample.mean()), *(ends or (None, None)), len(sample))
+
+
+def paired_interval(
+    values: Values, baseline: Values, seed: int = 0, *, level: float = 0.95, resamples: int = RESAMPLES
+) -> Interval:
+    """Mean of values - baseline over the same prompts and seeds, clip by clip; n counts pairs.
+
+    Raises: InputError for unequal lengths.
+    """
+    table = _columns(values, baseline)
+    return mean_interval(table[:, 0] - table[:, 1], seed, level=level, resamples=resamples)
+
+
+def unpaired_interval(
+    values: Values, baseline: Values, seed: int = 0, *, level: float = 0.95, resamples: int = RESAMPLES
+) -> Interval:
+    """Mean of values - mean of baseline for clips that do not belong together; n counts the smaller side."""
+    ours, theirs = _columns(values)[:, 0], _columns(baseline)[:, 0]
+    n = min(len(ours), len(theirs))
+    if not n:
+        return Interval(None, None, None, 0)
+    ends = None
+    if n > 1:
+        ends = _bootstrap([ours, theirs], lambda a, b: a.mean(1) - b.mean(1), level, seed, resamples)
+    return Interval(float(ours.mean() - theirs.mean()), *(ends or (None, None)), n)
+
+
+def _slopes(table: np.ndarray) -> np.ndarray:
+    """Least-squares slopes of [r, N, 2] (x, y): [r], NaN where x is constant."""
+    centred = table - table.mean(1, keepdims=True)
+    x, y = centred[..., 0], centred[..., 1]
+    flat = np.ptp(table[..., 0], axis=1) == 0  # asked of x itself: its mean may be off by rounding
+    return np.where(flat, np.nan, (x * y).sum(1) / np.where(flat, 1, (x * x).sum(1)))
+
+
+def slope_interval(x: Values, y: Values, seed: int = 0, *, level: float = 0.95, resamples: int = RESAMPLES) -> Interval:
+    """Least-squares slope of y over x, in y's unit per unit of x; points are resampled, so y's spread may vary with x.
+
+    Returns: n points; no value below two different x, no interval below three points.
+    Raises: InputError for unequal lengths.
+    """
+    table = _columns(x, y)
+    value = float(_slopes(table[None])[0]) if len(table) > 1 else np.nan
+    if not np.isfinite(value):
+        return Interval(None, None, None, len(table))
+    ends = _bootstrap([table], _slopes, level, seed, resamples) if len(table) > 2 else None
+    return Interval(value, *(ends or (None, None)), len(table))
+
+
+def summary(clips: Sequence[Mapping[str, float | None]], **options) -> dict[str, Interval]:
+    """Mean and interval of every metric over clips; a metric that a clip lacks is undefined for it.
+
+    Args:
+        clips: one report per clip, name -> value, as `streamgen.evaluation.video.video_metrics` returns.
+        options: of `mean_interval`.
+    """
+    names = dict.fromkeys(name for clip in clips for name in clip)
+    return {name: mean_interval([clip.get(name) for clip in clips], **options) for name in names}
