@@ -346,6 +346,16 @@ def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
         raise InputError(f"{key}={value!r} is unknown{suggest(value, choices)}: use {', '.join(choices)}")
 
 
+def check_next_prompt(prompt: str | list[str], now: str | list[str]) -> None:
+    """Raises InputError unless `prompt` can follow `now`: a text for all, or a list with one for each of a batch."""
+    many = isinstance(prompt, list)
+    if many and (isinstance(now, str) or len(prompt) != len(now)):
+        streams = 1 if isinstance(now, str) else len(now)
+        raise InputError(f"{len(prompt)} prompts for a batch of {streams}: give one text, or a list with one for each")
+    if not all(text.strip() for text in (prompt if many else [prompt])):
+        raise InputError("the prompt is empty: say what to show")
+
+
 def preset_path(name: str) -> Path:
     """The YAML of a preset. Raises InputError with a suggestion."""
     path = config_root() / "presets" / f"{name}.yaml"

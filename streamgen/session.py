@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from streamgen.config import SWITCH_MODES, ChunkConfig, check_choice
+from streamgen.config import SWITCH_MODES, ChunkConfig, check_choice, check_next_prompt
 from streamgen.engine import Engine, LatentChunk, pad_rows
 from streamgen.errors import BrokenStreamError, InputError
 from streamgen.models.codecs import Codec
@@ -62,7 +62,7 @@ class Request:
     """Fields of a pending change; None = as it is."""
 
     epoch: int
-    prompt: str | None = None
+    prompt: str | list[str] | None = None
     mode: str = "recache"
     blend: int = 0
     guidance_scale: float | None = None
@@ -237,13 +237,13 @@ class StreamSession:
         return Chunk(pixels, chunk.latents, self.index - 1, chunk.epoch, prompt, timings)
 
     # ------------------------------------------------------------------------------------------- steering
-    def set_prompt(self, prompt: str, mode: str | None = None, blend: int = 0) -> Change:
-        """A new prompt at the next chunk boundary; see `update`."""
+    def set_prompt(self, prompt: str | list[str], mode: str | None = None, blend: int = 0) -> Change:
+        """A new prompt at the next chunk boundary, in a batch one for all or a list; see `update`."""
         return self.update(prompt=prompt, mode=mode, blend=blend)
 
     def update(
         self,
-        prompt: str | None = None,
+        prompt: str | list[str] | None = None,
         mode: str | None = None,
         blend: int = 0,
         guidance_scale: float | None = None,
@@ -262,8 +262,8 @@ class StreamSession:
         check_choice("mode", mode, SWITCH_MODES)
         if blend < 0:
             raise InputError(f"blend is a number of chunks, got {blend}")
-        if prompt is not None and not prompt.strip():
-            raise InputError("the prompt is empty: say what to show")
+        if prompt is not None:
+            check_next_prompt(prompt, self.prompt)
         if strength is not None:
             raise InputError("strength belongs to video-to-video streams; this one starts from text")
         if options:
@@ -351,7 +351,8 @@ class StreamSession:
         else:
             self._blend = None
             self._rollout.switch(new, request.mode, request.epoch)
-        self.prompt = request.prompt if isinstance(self.prompt, str) else [request.prompt] * len(self.prompt)
+        whole = isinstance(self.prompt, str) or isinstance(request.prompt, list)
+        self.prompt = request.prompt if whole else [request.prompt] * len(self.prompt)
         self._prompts[request.epoch] = self.prompt
         if self._blend is None:
             self._embeds = new

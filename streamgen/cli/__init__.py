@@ -21,6 +21,7 @@ COMMANDS = {
     "render": "a prompt, or a timeline of prompts, into a video file",
     "demo": "a page in the browser: watch a stream, and change its prompt while it plays",
     "train": "run or resume a training recipe",
+    "eval": "models and presets judged by the world's oracle: records, a table, plots, contact sheets",
     "convert": "a transformer's weights in the layout that another program reads, LoRAs merged",
     "presets": "the published systems that ship as presets, and what each does tick by tick",
     "doctor": "what is installed, which devices and back-ends work here",

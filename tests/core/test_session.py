@@ -521,6 +521,20 @@ def test_a_list_of_prompts_is_a_batch(pipe):
         assert session.next().prompt == (GREEN, GREEN)
 
 
+def test_each_of_a_batch_is_given_its_own_prompt(pipe):
+    with pipe.stream([RED, BLUE], seed=2) as batch, pipe.stream(RED, seed=2) as alone:
+        take(batch, 2), take(alone, 2)
+        assert batch.set_prompt([GREEN, RED]) == alone.set_prompt(GREEN)
+        both, one = batch.next(), alone.next()
+        assert both.prompt == (GREEN, RED)
+        torch.testing.assert_close(both.pixels[:1], one.pixels, **FP32)
+        for wrong in ([GREEN], [GREEN] * 3, [GREEN, " "]):
+            with pytest.raises(InputError, match="batch of 2|is empty"):
+                batch.set_prompt(wrong)
+        with pytest.raises(InputError, match="1 prompts for a batch of 1"):
+            alone.set_prompt([RED])
+
+
 def test_several_videos_per_prompt_differ(pipe):
     frames = pipe(RED, num_frames=9, num_videos_per_prompt=2).frames
     assert frames.shape == (2, 9, SIDE, SIDE, 3) and np.abs(frames[0] - frames[1]).max() > 1e-2

@@ -49,7 +49,7 @@ def areas() -> np.ndarray:
 def match(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Overlap (intersection over union) of bodies with every shape at its best angle, and that angle: both [N, S]."""
     pictures, kinds, turned = _bank()
-    masks = grid.reshape(len(grid), -1).astype(np.float32)
+    masks = grid.reshape(len(grid), GRID * GRID).astype(np.float32)
     both = masks @ pictures.T
     overlap = both / (masks.sum(1)[:, None] + pictures.sum(1) - both)
     found, angle = np.zeros((len(grid), len(SHAPES))), np.zeros((len(grid), len(SHAPES)))

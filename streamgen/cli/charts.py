@@ -1,0 +1,229 @@
+"""Plots of a results folder: accuracy over time, liveliness against drift, how long a new prompt takes.
+
+Drawn like the pictures of presets, with Pillow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from streamgen.cli.plots import FAINT, INK, LINE, MARGIN, PAPER, SCALE, Sheet, save
+from streamgen.evaluation.results import contenders, names_of, number, suites_of
+from streamgen.worlds.sprites.renderer import FPS
+
+WIDE, HIGH = 560, 300  # of a plot's area
+LEFT, TOP, BELOW, LEGEND = 56, 40, 44, 240
+INKS = (
+    "#3566c8", "#d1334a", "#2c9a5f", "#e08a1e", "#7a4fb8", "#17a2b0", "#8a5a34", "#d05fa8", "#6b7280", "#a3a81c",
+    "#1f2430", "#f28e8e",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value and its interval, at `x`."""
+
+    x: float
+    value: float
+    low: float
+    high: float
+
+
+@dataclass
+class Axes:
+    """An area of a sheet with a scale."""
+
+    sheet: Sheet
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        across = (x - self.x[0]) / (self.x[1] - self.x[0])
+        up = (y - self.y[0]) / (self.y[1] - self.y[0])
+        return LEFT + across * WIDE, TOP + (1 - up) * HIGH
+
+    def line(self, a: tuple[float, float], b: tuple[float, float], fill: str, thick: float = 1) -> None:
+        ends = [SCALE * v for point in (a, b) for v in self.place(*point)]
+        self.sheet.draw.line(ends, fill=fill, width=round(thick * SCALE))
+
+    def dot(self, x: float, y: float, fill: str) -> None:
+        self.sheet.dot(*self.place(x, y), 3.5, fill, PAPER)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers within a span, four to eight of them."""
+    step = 10.0 ** np.floor(np.log10((high - low) / 4))
+    step *= next(m for m in (5, 2.5, 2, 1) if (high - low) / (step * m) >= 3.5 or m == 1)
+    return [float(k * step) for k in range(int(np.ceil(low / step - 1e-9)), int(np.floor(high / step + 1e-9)) + 1)]
+
+
+def _span(values: Sequence[float], *more: float) -> tuple[float, float]:
+    low, high = min(*values, *more), max(*values, *more)
+    room = 0.05 * (high - low) or 0.5
+    return low - room, high + room
+
+
+def _axes(title: str, x: tuple[float, float], y: tuple[float, float], across: str, up: str) -> Axes:
+    """White paper with a title, a frame of round numbers, and what they count."""
+    axes = Axes(Sheet(LEFT + WIDE + LEGEND, TOP + HIGH + BELOW), x, y)
+    axes.sheet.text(LEFT, 10, title, 14)
+    axes.sheet.text(LEFT, 28, up, 10, FAINT)
+    axes.sheet.text(LEFT + WIDE / 2, TOP + HIGH + 34, across, 10, FAINT, "mm")
+    for value in ticks(*y):
+        axes.line((x[0], value), (x[1], value), LINE)
+        axes.sheet.text(LEFT - 6, axes.place(x[0], value)[1], f"{value:.6g}", 10, FAINT, "rm")
+    for value in ticks(*x):
+        axes.line((value, y[0]), (value, y[1]), LINE)
+        axes.sheet.text(axes.place(value, y[0])[0], TOP + HIGH + 14, f"{value:.6g}", 10, FAINT, "mm")
+    return axes
+
+
+def _legend(axes: Axes, names: Sequence[str]) -> None:
+    for i, name in enumerate(names):
+        y = TOP + 8 + 17 * i
+        axes.sheet.dot(LEFT + WIDE + 16, y, 4, INKS[i % len(INKS)], PAPER)
+        axes.sheet.text(LEFT + WIDE + 26, y, _short(name), 10)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 40 else f"{name[:38]}…"
+
+
+def _whisker(axes: Axes, x: float, point: Point, ink: str) -> None:
+    axes.line((x, point.low), (x, point.high), ink)
+
+
+def lines(title: str, across: str, up: str, series: dict[str, list[Point]], y: tuple[float, float]) -> np.ndarray:
+    """A curve per name, intervals as whiskers, moved apart a little so that they can be told from each other."""
+    xs = [point.x for points in series.values() for point in points]
+    axes = _axes(title, _span(xs), y, across, up)
+    apart = 0.1 * (axes.x[1] - axes.x[0]) / max(1, len(set(xs))) / max(1, len(series))
+    for i, points in enumerate(series.values()):
+        ink, moved = INKS[i % len(INKS)], [point.x + apart * i for point in points]
+        for k, point in enumerate(points):
+            _whisker(axes, moved[k], point, ink)
+            if k:
+                axes.line((moved[k - 1], points[k - 1].value), (moved[k], point.value), ink, 2)
+        for x, point in zip(moved, points):
+            axes.dot(x, point.value, ink)
+    _legend(axes, list(series))
+    return _framed(axes)
+
+
+def scatter(title: str, across: str, up: str, points: dict[str, tuple[Point, Point]]) -> np.ndarray:
+    """One dot per name, whose two values each have an interval."""
+    spans = [[v for pair in points.values() for v in (pair[k].low, pair[k].high)] for k in (0, 1)]
+    axes = _axes(title, _span(spans[0], 0.0), _span(spans[1], 1.0), across, up)
+    axes.line((0, axes.y[0]), (0, axes.y[1]), FAINT)
+    axes.line((axes.x[0], 1), (axes.x[1], 1), FAINT)
+    for i, (x, y) in enumerate(points.values()):
+        ink = INKS[i % len(INKS)]
+        axes.line((x.low, y.value), (x.high, y.value), ink)
+        axes.line((x.value, y.low), (x.value, y.high), ink)
+        axes.dot(x.value, y.value, ink)
+    _legend(axes, list(points))
+    return _framed(axes)
+
+
+def bars(title: str, unit: str, points: dict[str, Point]) -> np.ndarray:
+    """A bar per name, with its interval and its number."""
+    step, most = 24, max(max(point.high for point in points.values()), 1e-6)
+    sheet = Sheet(LEGEND + WIDE + 70, TOP + step * len(points) + 10)
+    sheet.text(0, 10, title, 14)
+    sheet.text(0, 28, unit, 10, FAINT)
+    for i, (name, point) in enumerate(points.items()):
+        y, scale = TOP + step * i, WIDE / most
+        sheet.text(LEGEND - 8, y + 9, _short(name), 10, INK, "rm")
+        sheet.box(LEGEND, y, max(1.0, point.value * scale), 18, INKS[i % len(INKS)])
+        sheet.box(LEGEND + point.low * scale, y + 8, max(1.0, (point.high - point.low) * scale), 2, INK)
+        sheet.text(LEGEND + max(point.value, point.high) * scale + 8, y + 9, number(point.value), 10)
+    return _margin(sheet)
+
+
+def _framed(axes: Axes) -> np.ndarray:
+    for a, b in (((0, 0), (1, 0)), ((0, 0), (0, 1))):
+        ends = [(axes.x[p[0]], axes.y[p[1]]) for p in (a, b)]
+        axes.line(*ends, FAINT)
+    return _margin(axes.sheet)
+
+
+def _margin(sheet: Sheet) -> np.ndarray:
+    edge = MARGIN * SCALE
+    whole = Image.new("RGB", (sheet.image.width + 2 * edge, sheet.image.height + 2 * edge), PAPER)
+    whole.paste(sheet.image, (edge, edge))
+    return np.asarray(whole)
+
+
+# ------------------------------------------------------------------------------------------- from records
+def draw_results(results: dict[str, Any], folder: Path, prefix: str = "") -> list[Path]:
+    """Every plot that the records are there for, as PNG files `folder`/PREFIX….png."""
+    drawn: dict[str, np.ndarray] = {}
+    for suite in suites_of(results):
+        for name, draw in _KINDS.get(suite.partition("-")[0], {}).items():
+            picture = draw(results, suite)
+            if picture is not None:
+                drawn[f"{prefix}{suite}-{name}.png"] = picture
+    return [save(folder / name, picture) for name, picture in drawn.items()]
+
+
+def _found(results: dict[str, Any], suite: str, metric: str) -> dict[str, Point]:
+    """By contender, where the value is defined."""
+    names = names_of(contenders(results))
+    return {
+        names[record["model"], record["preset"]]: _point(record)
+        for record in results["records"]
+        if (record["suite"], record["metric"]) == (suite, metric) and record["value"] is not None
+    }
+
+
+def _point(record: dict[str, Any]) -> Point:
+    """A record's value; its interval is the value itself where one clip has none."""
+    value = record["value"]
+    low, high = ((value, value) if record["low"] is None else (record["low"], record["high"]))
+    return Point(0.0, value, low, high)
+
+
+def _over_time(metric: str, title: str) -> Callable[[dict[str, Any], str], np.ndarray | None]:
+    def draw(results: dict[str, Any], suite: str) -> np.ndarray | None:
+        start = f"{metric}@"
+        at = sorted(
+            {int(r["metric"].removeprefix(start)) for r in results["records"]
+             if r["suite"] == suite and r["metric"].startswith(start) and "[" not in r["metric"]}
+        )  # fmt: skip
+        series: dict[str, list[Point]] = {}
+        for second in at:
+            for name, point in _found(results, suite, f"{start}{second}").items():
+                series.setdefault(name, []).append(Point(second, point.value, point.low, point.high))
+        across = "seconds (beginning of a 5 s bin)"
+        return lines(f"{suite}: {title}", across, "share of clips", series, (-0.02, 1.02)) if series else None
+
+    return draw
+
+
+def _liveliness(results: dict[str, Any], suite: str) -> np.ndarray | None:
+    drift, alive = (_found(results, suite, metric) for metric in ("all_right_change", "dynamic_degree"))
+    points = {name: (drift[name], alive[name]) for name in drift if name in alive}
+    if not points:
+        return None
+    across, up = "drift: all-right in the last 5 s minus the first", "dynamic degree (1 = as fast as the world)"
+    return scatter(f"{suite}: dynamics against drift", across, up, points)
+
+
+def _waiting(results: dict[str, Any], suite: str) -> np.ndarray | None:
+    frames = _found(results, suite, "frames_until")
+    seconds = {n: Point(0.0, p.value / FPS, p.low / FPS, p.high / FPS) for n, p in frames.items()}
+    unit = "seconds of video from the request until the new word holds, where it does"
+    return bars(f"{suite}: how long a new prompt takes", unit, seconds) if seconds else None
+
+
+_KINDS = {
+    "long": {"over-time": _over_time("all_right", "all-right over time"), "dynamics": _liveliness},
+    "identity": {"over-time": _over_time("kept", "what was chosen is kept")},
+    "switch": {"latency": _waiting},
+}

@@ -1,0 +1,235 @@
+"""`streamgen eval`: models × presets × suites, judged by the world's oracle; `streamgen eval report`: docs/results.md.
+
+    streamgen eval --presets default,self-forcing --suites short,switch --prompts 32 --output runs/compare
+    streamgen eval report runs/compare runs/long-300 --output docs/results.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import logging
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from streamgen.cli.console import talking
+from streamgen.cli.parsing import Parser, whole
+from streamgen.errors import InputError
+from streamgen.evaluation.suites import NAMES, find_suite
+
+log = logging.getLogger(__name__)
+
+MODEL = "sprites"
+EPILOG = f"""\
+suites: {", ".join(NAMES)}, and other lengths as long-300 or identity-120 (seconds)
+presets: names of `streamgen presets`, with settings laid over them: default+cache.window=9+cache.sink=0; and
+  default+restart=5, a control that begins another stream every 5 seconds and so remembers nothing
+--output gets results.json (records, differences to the first preset, failures), latency.json, results.md, plots,
+  sheets/ and raw/; the same command again measures what is not finished yet
+
+examples:
+  streamgen eval --presets default,self-forcing --suites short,switch --prompts 32 --output runs/compare
+  streamgen eval report runs/compare --output docs/results.md
+"""
+
+
+def parser(prog: str, description: str) -> Parser:
+    out = Parser(prog, description, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("words", nargs="*", metavar="report FOLDER", help="write results.md from folders that are there")
+    out.add_argument("--model", default=MODEL, metavar="M[,M]", help=f"embedded, a folder or a Hub name ({MODEL})")
+    out.add_argument("--checkpoint", metavar="FILE", help="whose transformer replaces the model's")
+    out.add_argument("--presets", metavar="P,...", help="if not given, the model's own")
+    out.add_argument("--suites", default="short,switch", metavar="S,...", help="see below (short,switch)")
+    out.add_argument("--prompts", type=whole(1), default=32, metavar="N", help="cases per suite (32)")
+    out.add_argument("--seed", type=whole(0), default=0, metavar="K", help="of prompts, noise and intervals (0)")
+    out.add_argument("--split", default="val", choices=("val", "test"), help="test for published numbers alone (val)")
+    out.add_argument("--output", metavar="DIR", help="a folder; with report, the .md file to write")
+    out.add_argument("--jobs", type=whole(1), default=1, metavar="J", help="processes, which share the threads (1)")
+    out.add_argument("--batch", type=whole(1), default=8, metavar="B", help="prompts streamed side by side (8)")
+    out.add_argument("--switch-mode", metavar="MODE", help="keep, recache, reset or cut; if not given, the preset's")
+    out.add_argument("--device", default="auto", help="auto (cuda > mps > cpu), cpu, cuda, cuda:N, mps")
+    out.add_argument("--dtype", help="bf16, fp16 or fp32; if not given, bf16 where it is fast, else fp32")
+    out.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads of one process")
+    out.add_argument("--overwrite", action="store_true", help="measure everything again")
+    out.add_talk()
+    return out
+
+
+def run(args: argparse.Namespace) -> int:
+    with talking(args.quiet, args.verbose):
+        if not args.output:
+            raise InputError("--output is missing: say where results go, e.g. --output runs/eval")
+        return _report(args) if args.words else _evaluate(args)
+
+
+def names(text: str, what: str) -> list[str]:
+    """A comma-separated option; each name once. Raises InputError if there is none."""
+    words = re.split(r",(?![^\[]*\])", text)  # not within [1000,500]
+    found = list(dict.fromkeys(word.strip() for word in words if word.strip()))
+    if not found:
+        raise InputError(f"--{what} is empty: give names with commas between them")
+    return found
+
+
+# ------------------------------------------------------------------------------------------- measuring
+def _evaluate(args: argparse.Namespace) -> int:
+    suites = names(args.suites, "suites")
+    for suite in suites:
+        find_suite(suite)
+    from streamgen.cli.rendering import progress
+    from streamgen.evaluation.runner import evaluate
+    from streamgen.media import check_folder
+
+    units = _units(args, suites)
+    folder = check_folder(args.output, "results")
+    if not folder.parent.is_dir():
+        raise InputError(f"cannot write results to {folder}: there is no folder {folder.parent}")
+    load_it = functools.partial(load, {name: getattr(args, name) for name in LOADING})
+    try:
+        with progress(sum(unit.frames for unit in units), args.quiet) as bar:
+            raws = evaluate(units, folder, load_it, args.jobs, args.overwrite, bar.update)
+    except KeyboardInterrupt:
+        log.error("interrupted: finished parts are kept, the same command measures the rest")
+        return 130
+    _write(args, units, raws, folder)
+    return 0 if any(raw["failure"] is None for raw in raws) else 1
+
+
+LOADING = ("checkpoint", "device", "dtype", "threads", "verbose")
+
+
+def load(common: dict[str, Any], model: str, preset: str):
+    """A pipeline for one column of the comparison."""
+    from streamgen.cli.loading import load_pipeline
+    from streamgen.evaluation.runner import Preset
+
+    chosen = Preset.parse(preset)
+    parts = {"lora": None, "lora_2": None, "codec": None, "tile": None, "offload": None, "prompt_cache": False}
+    pipe = load_pipeline(
+        argparse.Namespace(model=model, preset=chosen.name, **common, **parts), list(chosen.overrides)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _units(args: argparse.Namespace, suites: Sequence[str]) -> list:
+    """Everything there is to measure, in the order of the report. Raises InputError for what does not exist."""
+    from streamgen import hub
+    from streamgen.cli import records
+    from streamgen.config import SWITCH_MODES, check_choice
+    from streamgen.device import default_dtype, resolve_device, resolve_dtype
+    from streamgen.evaluation.runner import Unit
+    from streamgen.evaluation.suites.base import Options
+
+    if args.switch_mode is not None:
+        check_choice("--switch-mode", args.switch_mode, SWITCH_MODES)
+    device = resolve_device(args.device)
+    dtype = str(resolve_dtype(args.dtype) or default_dtype(device)).removeprefix("torch.")
+    options, units = Options(args.prompts, args.seed, args.split), []
+    for model in names(args.model, "model"):
+        settings = hub.model_settings(model)
+        weights = records.stamp(model, [args.checkpoint])
+        for preset in names(args.presets, "presets") if args.presets is not None else [settings.preset]:
+            facts = {"weights": weights, "configuration": _digest(preset, settings), "device": str(device)}
+            facts |= {"dtype": dtype, "checkpoint": args.checkpoint}
+            units += [Unit(model, preset, suite, options, facts, args.batch, args.switch_mode) for suite in suites]
+    return units
+
+
+def _digest(preset: str, settings) -> str:
+    """Of the configuration that a preset resolves to on a model."""
+    from omegaconf import OmegaConf
+
+    from streamgen import hub
+    from streamgen.evaluation.runner import Preset
+
+    chosen = Preset.parse(preset)
+    config = hub.stream_config(chosen.name, settings, chosen.overrides)
+    text = json.dumps(OmegaConf.to_container(OmegaConf.structured(config)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _write(args: argparse.Namespace, units: Sequence, raws: Sequence[dict[str, Any]], folder: Path) -> None:
+    """The report's files; names on stdout."""
+    from streamgen.cli.charts import draw_results
+    from streamgen.evaluation.results import TIMED, load_results, summary, write_json
+
+    setting = {
+        "models": list(dict.fromkeys(unit.model for unit in units)),
+        "presets": list(dict.fromkeys(unit.preset for unit in units)),
+        "suites": list(dict.fromkeys(unit.suite for unit in units)),
+        **{name: getattr(args, name) for name in ("prompts", "seed", "split", "batch", "switch_mode", "checkpoint")},
+        "device": units[0].facts["device"], "dtype": units[0].facts["dtype"], "versions": _versions(),
+    }  # fmt: skip
+    apart = {"results.json": False, "latency.json": True}
+    for name, timed in apart.items():
+        mine = [raw for raw in raws if (raw["settings"]["suite"] == TIMED) == timed]
+        if mine or not timed:
+            write_json(folder / name, summary(mine, setting, args.seed))
+        else:
+            (folder / name).unlink(missing_ok=True)  # of an earlier command
+    results = load_results(folder)
+    plots = draw_results(results, folder)
+    (folder / "results.md").write_text(section(results, "Results", [plot.name for plot in plots]), encoding="utf-8")
+    for file in ("results.json", *(["latency.json"] if (folder / "latency.json").exists() else []), "results.md"):
+        print(folder / file)
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    from streamgen import __version__
+
+    return {"streamgen": __version__, **{name: metadata.version(name) for name in ("torch", "numpy")}}
+
+
+# ------------------------------------------------------------------------------------------- the report
+def section(results: dict[str, Any], title: str, plots: Sequence[str]) -> str:
+    """One folder's results as Markdown: setting, table, failures, plots, what the metrics mean."""
+    from streamgen.evaluation.results import suites_of, table
+
+    it = results["setting"]
+    versions = ", ".join(f"{name} {version}" for name, version in it["versions"].items())
+    said = (
+        f"{', '.join(it['models'])} · {it['prompts']} prompts of `{it['split']}` per suite, seed {it['seed']} · "
+        f"{it['device']}, {it['dtype']} · {versions}. Values are means over clips with 95 % bootstrap intervals; "
+        f"▲ ▼: above or below {it['presets'][0]} on the same prompts and seeds, with an interval that leaves 0 out."
+    )
+    lines = [f"## {title}", "", said, "", table(results), ""]
+    for item in results["failures"]:
+        lines += [f"- {item['model']} with {item['preset']}, {item['suite']}: not measured: {item['failure']}"]
+    lines += [""] if results["failures"] else []
+    for plot in plots:
+        lines += [f"![{Path(plot).stem}]({plot})", ""]
+    lines += [f"- `{suite}`: {find_suite(suite).purpose}." for suite in suites_of(results)]
+    return "\n".join(lines) + "\n"
+
+
+def _report(args: argparse.Namespace) -> int:
+    """results.md of several folders, its plots in a folder beside it."""
+    action, *folders = args.words
+    if action != "report" or not folders:
+        raise InputError(f"cannot {shlex.join(args.words)}: use `eval report FOLDER --output docs/results.md`")
+    from streamgen.cli.charts import draw_results
+    from streamgen.evaluation.results import load_results
+    from streamgen.media import check_output
+
+    target = check_output(args.output, (".md",))
+    beside = target.with_suffix("")
+    parts = {Path(folder).resolve().name: load_results(Path(folder)) for folder in folders}
+    if len(parts) < len(folders):
+        raise InputError("two folders have one name: rename one, for the sections of the report are called by it")
+    command = f"streamgen eval report {' '.join(folders)} --output {args.output}"
+    lines = ["# Results", "", f"Generated by `{command}`; not to be edited by hand.", ""]
+    beside.mkdir(exist_ok=True)
+    for name, results in parts.items():
+        plots = draw_results(results, beside, f"{name}-")
+        lines.append(section(results, name, [f"{beside.name}/{plot.name}" for plot in plots]))
+    target.write_text("\n".join(lines), encoding="utf-8")
+    print(target)
+    return 0
