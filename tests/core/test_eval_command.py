@@ -163,7 +163,7 @@ def test_a_comparison_is_written_whole_and_twice_the_same(evaluate, pipes, tmp_p
     found, results = records(), json.loads(Path("out/results.json").read_text())
     assert all(tuple(record) == FIELDS for record in results["records"])
     right = found["default", "short", "all_right"]
-    assert (right["value"], right["low"], right["high"], right["n"], right["model"]) == (1, 1, 1, 1, "sprites")
+    assert (right["value"], right["low"], right["high"], right["n"], right["model"]) == (1, None, None, 1, "sprites")
     assert found["default", "switch", "success"]["value"] == 1
     assert found["self-forcing", "switch", "new"]["value"] == 0
     never = found["self-forcing", "switch", "frames_until"]
