@@ -271,7 +271,7 @@ class CacheConfig:
 @dataclass
 class PositionsConfig:
     """`rule`: see `streamgen.cache.positions`; `span`: temporal positions the model was trained on; `lead`: frames that
-    rule "ahead" puts the sink ahead of the call.
+    rule "ahead" puts the sink ahead of the call; `restart`: the number that rule "restart" counts up to.
 
     Streams that run past the span are warned about, or refused if `strict`.
     """
@@ -279,6 +279,7 @@ class PositionsConfig:
     rule: str = "absolute"
     span: int = 21
     lead: int = 0
+    restart: int = 0
     strict: bool = False
 
 

@@ -104,6 +104,7 @@ class WindowOptions:
         switch_sink: at a switch "keep" the sink, "refresh" it: encode it again with the window, or "replace" it by the
             first frames that are re-encoded.
         lead: frames that the position rule "ahead" puts the sink ahead of the call.
+        restart: the number that the position rule "restart" counts up to.
         mask: re-encoded frames see each other ("bidirectional") or, chunk by chunk, what comes before ("block-causal").
         attention_bias: weight of recent keys in the steps' attention, beside 1 for the sink and the chunk itself.
     """
@@ -118,6 +119,7 @@ class WindowOptions:
     switch_sink: str = "keep"
     span: int = 21
     lead: int = 0
+    restart: int = 0
     mask: str = "bidirectional"
     attention_bias: float = 1.0
 
@@ -148,6 +150,15 @@ class WindowOptions:
             raise InputError(
                 f"positions.lead={self.lead} and positions.rule={self.positions} do not go together: rule ahead needs "
                 "a lead of 1 or more, the others have none"
+            )
+        if (self.positions == "restart") != (self.restart > 0):
+            raise InputError(
+                f"positions.restart={self.restart} and positions.rule={self.positions} do not go together: rule "
+                "restart needs a number to count up to, the others have none"
+            )
+        if self.positions == "restart" and not 0 < self.window < self.restart:
+            raise InputError(
+                f"positions.restart={self.restart} must be above cache.window={self.window}, the number it goes back to"
             )
         if self.positions == "tri-region" and not 0 < self.window <= self.span:
             raise InputError(
@@ -185,8 +196,8 @@ class WindowOptions:
             rule_for_parts(config, "schedule.commit=fused")
         return cls(
             cache.window, cache.sink, config.positions.rule, cache.capacity, cache.commit_reads, cache.ema_decay,
-            cache.ema_precision, config.switch.sink, config.positions.span, config.positions.lead, config.switch.mask,
-            cache.attention_bias,
+            cache.ema_precision, config.switch.sink, config.positions.span, config.positions.lead,
+            config.positions.restart, config.switch.mask, cache.attention_bias,
         )  # fmt: skip
 
 
@@ -359,7 +370,7 @@ class WindowPolicy(CachePolicy):
         place = lambda frames: [(frame, self.page(frame)) for frame in frames]
         regions = (("sink", place(sink)), (self.extra_region, extra), ("recent", place(recent)))
         ahead, others, options = [*sink, *own[:lead]], [f for f, _ in extra], self.options
-        sizes = (options.window, options.span, self.sizes.chunk, options.lead)
+        sizes = (options.window, options.span, self.sizes.chunk, options.lead, options.restart)
         seen = Seen(ahead, others, recent, own[lead:end], *sizes)
         positions = tuple((rule or self.rule)(seen))
         if lead:  # they are the call's own: behind `extra` in reading order
@@ -404,8 +415,8 @@ class WindowPolicy(CachePolicy):
 
     def reach(self) -> int | None:
         options, total = self.options, self.sizes.total
-        if options.positions == "tri-region":
-            return options.span
+        if options.positions in ("tri-region", "restart"):
+            return options.restart or options.span
         if options.window == -1 or (options.positions == "absolute" and self._lags()):
             return total
         gap = options.lead + (self.sizes.chunk if options.positions == "trail" else 0)

@@ -16,7 +16,7 @@ class Seen:
     """Stream frames a call reads, region by region in reading order; `own` are the call's.
 
     `window`: what a step may read besides `extra` (anchors, bank); `span`: positions the model was trained on; `chunk`:
-    frames of one; `lead`: how far ahead of the call a sink is placed.
+    frames of one; `lead`: how far ahead of the call a sink is placed; `restart`: the number that is counted up to.
     """
 
     sink: Sequence[int]
@@ -27,6 +27,7 @@ class Seen:
     span: int
     chunk: int = 0
     lead: int = 0
+    restart: int = 0
 
 
 def absolute(seen: Seen) -> list[int]:
@@ -77,8 +78,19 @@ def ahead(seen: Seen) -> list[int]:
     return [*leads, *follows]
 
 
+def restart(seen: Seen) -> list[int]:
+    """Every frame at its own number, which goes back to the window's last before it reaches `restart`, again and again.
+
+    What was written before keeps its number and is ahead of the call until it leaves (StreamDiffusionV2's sessions).
+    """
+    first = seen.window - 1
+    period = seen.restart - first
+    return [f if f < seen.restart else first + (f - seen.restart) % period for f in absolute(seen)]
+
+
 RULES: dict[str, Callable[[Seen], list[int]]] = {
     "absolute": absolute, "packed": packed, "before": before, "trail": trail, "tri-region": tri_region, "ahead": ahead,
+    "restart": restart,
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamgen.cache.positions import Seen, ahead
+from streamgen.cache.positions import Seen, ahead, restart
 from streamgen.config import ChunkConfig, load_preset
 from streamgen.engine import Engine
 from streamgen.errors import InputError
@@ -144,6 +144,22 @@ def test_a_sink_stays_ahead_once_the_stream_has_left_it():
     assert ahead(seen([2, 3], [4, 5])) == [0, 1, 2, 3, 4, 5]
     assert ahead(seen([3, 4], [5, 6])) == [15, 16, 3, 4, 5, 6]
     assert ahead(seen([998, 999], [1000, 1001])) == [1010, 1011, 998, 999, 1000, 1001]
+
+
+def test_numbers_go_back_before_they_reach_the_limit():
+    """Spec 05 A.4 with a limit of 10: keys written before sit ahead of the query until they leave."""
+    seen = lambda recent, own: Seen([0, 1, 2], [], recent, own, window=6, span=21, restart=10)
+    assert restart(seen([7, 8], [9])) == [0, 1, 2, 7, 8, 9]
+    assert restart(seen([8, 9], [10])) == [0, 1, 2, 8, 9, 5]
+    assert restart(seen([13, 14], [15])) == [0, 1, 2, 8, 9, 5]
+    assert restart(seen([998, 999], [1000])) == [0, 1, 2, 8, 9, 5]
+
+
+@pytest.mark.parametrize("changes", [["positions.rule=restart"], ["positions.restart=9"],
+                                     ["positions.rule=restart", "positions.restart=9"]])  # fmt: skip
+def test_a_restart_needs_its_rule_and_room(tiny, model, changes):
+    with pytest.raises(InputError, match="positions.restart"):
+        Engine(model, tiny.config("cache.window=9", *changes))
 
 
 def test_a_lead_belongs_to_its_rule(tiny, model):
