@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamgen.config import ChunkConfig, load_preset
+from streamgen.config import ChunkConfig, available, load_preset
 from streamgen.errors import BrokenStreamError, InputError
 from streamgen.models.text import TextEncoder, build_tokenizer
 from streamgen.models.vae import StreamingVAE
@@ -17,6 +17,7 @@ from streamgen.pipelines import StreamingVideoPipeline
 from streamgen.session import Change, latent_frames_for
 
 RED, BLUE, GREEN = "a red circle", "a blue star bouncing", "a green cross"
+ENDING = ("self-forcing", "causal-forcing")  # presets that keep every frame
 FP32 = dict(atol=2e-5, rtol=1e-4)  # convolutions over other batch sizes
 SIDE = 32
 
@@ -315,6 +316,16 @@ def test_reset_is_a_fresh_stream_whose_numbers_go_on(pipe, when):
     assert [c.index for c in before + after] == list(range(when + 3))
     assert [c.epoch for c in before + after] == [0] * when + [1] * 3
     assert after[0].frames.shape[0] == 9  # frame 0 again: the first latent is one frame
+
+
+@pytest.mark.parametrize("name", available("presets"))
+def test_after_a_reset_every_preset_streams_what_a_fresh_one_does(pipe, name, monkeypatch):
+    monkeypatch.setattr(pipe, "stream_config", load_preset(name))
+    frames = None if name not in ENDING else 48
+    with pipe.stream(RED, num_frames=frames, seed=3) as session, pipe.stream(BLUE, num_frames=frames, seed=3) as fresh:
+        take(session, 2)
+        session.set_prompt(BLUE, mode="reset")
+        assert torch.equal(codes(take(session, 2)), codes(take(fresh, 2)))
 
 
 def test_nothing_computed_before_a_reset_is_delivered_after_it(pipe):
