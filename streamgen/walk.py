@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from streamgen.cache.plan import Plan
 from streamgen.cache.rebuild import Rebuild
@@ -141,6 +142,25 @@ def cost(engine: Engine) -> Cost:
         frames=(frames(longer) - frames(shorter)) / period,
         kept=caches * build_policy(engine.config, engine.flight_frames, None).pages if bounded else None,
     )
+
+
+def steady_calls(engine: Engine) -> list[PlannedCall]:
+    """One call of every kind that a long stream repeats: as many captured graphs or compiled regions are enough.
+
+    Empty for streams whose memory grows.
+    """
+    if engine.config.cache.window == -1:
+        return []
+    chunk, last = engine.config.chunk, 4 * HORIZON
+    try:
+        calls = list(takewhile(lambda call: call.frames[-1].stop <= chunk.frames(last).start, walk(engine)))
+    except InputError:  # needs an end: what drains it apart
+        calls = [call for call in walk(engine, 6 * HORIZON) if call.frames[-1].stop <= chunk.frames(last).start]
+    late = [call for call in calls if call.frames[0].start >= chunk.frames(2 * HORIZON).start]
+    kinds: dict[tuple, PlannedCall] = {}
+    for call in late:
+        kinds.setdefault((call.call.kind, call.plan.signature()), call)
+    return list(kinds.values())
 
 
 def _forwards(calls: list[PlannedCall]) -> int:

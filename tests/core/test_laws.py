@@ -9,13 +9,10 @@ from collections.abc import Iterator
 from functools import cache, cached_property
 
 import pytest
-import torch
 
 from streamgen.cache.plan import FLIGHT
 from streamgen.config import available, load_preset
 from streamgen.engine import Engine
-from streamgen.errors import InputError
-from streamgen.noise import SeededNoise
 from streamgen.rollout import build_policy
 from streamgen.schedules import Lane, OpKind, SlotOp
 from streamgen.walk import PlannedCall, walk
@@ -290,56 +287,3 @@ def test_exactly_the_laws_that_a_preset_names_are_broken(name):
     broken = {law for law, holds in LAWS.items() if not holds(case_of(name))}
     assert broken == set(case_of(name).config.violates)
     assert all(len(reason) > 10 for reason in case_of(name).config.violates.values())
-
-
-# --- streams without end
-
-BOUNDED = [name for name in NAMES if load_preset(name).cache.window != -1]
-
-
-def endless(name: str) -> Iterator[PlannedCall] | None:
-    """None of those that need an end."""
-    calls = walk(Engine(None, load_preset(name)))
-    try:
-        next(calls)
-    except InputError:
-        return None
-    return calls
-
-
-@pytest.mark.parametrize("name", BOUNDED)
-def test_ten_thousand_chunks_of_plans_repeat_themselves(name):
-    """I1, I15: no page beyond the policy's, and nothing new comes late."""
-    calls = endless(name)
-    if calls is None:
-        pytest.skip(f"{name} has an end")
-    config, seen, pages = load_preset(name), {}, 0
-    last = config.chunk.frames(10_000).start
-    for call in calls:
-        seen.setdefault((call.call.kind, call.row.lane, call.plan.signature()), call.frames[0].start)
-        pages = max([pages, *(w.page + 1 for w in call.plan.writes)])
-        if call.frames[0].start >= last:
-            break
-    assert max(seen.values()) < 200 * config.chunk.latent_frames and pages <= case_of(name).pages
-
-
-def stream(engine, frames=None):
-    size = (2, 2) if engine.transformer.config.patch_size[1:] == (1, 1) else (4, 4)
-    text = torch.ones(1, 2, 4)
-    return engine.start(text, SeededNoise(0), latent_size=size, num_latent_frames=frames, negative_embeds=text)
-
-
-@pytest.mark.parametrize("name", BOUNDED)
-def test_five_hundred_chunks_hold_what_fifty_do(stub, name):
-    config = load_preset(name)
-    if endless(name) is None:
-        pytest.skip(f"{name} has an end")
-    rollout, sizes = stream(Engine(stub, config)), []
-    with torch.no_grad():
-        for _ in range(500):
-            chunk = rollout.advance()
-            stores = [store.nbytes for cache in rollout.caches.values() for store in cache.stores]
-            lists = (rollout.past, rollout.flight, rollout.held, rollout.pending, rollout.owed, rollout.ready)
-            sizes.append((sum(stores), *map(len, lists)))
-    most = lambda part: tuple(map(max, zip(*part, strict=True)))
-    assert most(sizes[30:80]) == most(sizes[450:]) and torch.isfinite(chunk.latents).all()
