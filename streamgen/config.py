@@ -243,7 +243,7 @@ class CacheConfig:
     `ema_decay`: frames that leave the window are folded into the sink, α·sink + (1 - α)·frame.
     `anchors`: chunks kept for good, each the first one of a prompt; `anchor_every`: one of so many chunks instead, seen
     once `anchor_switch` has left the window.
-    `look_back`: see `streamgen.cache.look_back`.
+    `look_back`: see `streamgen.cache.look_back`; `refresh`: the threshold of policy refresh, `streamgen.cache.refresh`.
     `attention_bias`: what a key of a recent frame counts in the steps, 1 = as much as any; ln of it is added to logits.
     `collapse_text`: rows of zeros behind a prompt are read as one key that counts for all of them (FAST-AR).
     """
@@ -259,6 +259,7 @@ class CacheConfig:
     anchor_every: int | None = None
     anchor_switch: int = 0
     look_back: list[int] = field(default_factory=list)
+    refresh: float = 0.2
     bank: BankConfig = field(default_factory=BankConfig)
     context: ContextConfig = field(default_factory=ContextConfig)
     attention_bias: float = 1.0

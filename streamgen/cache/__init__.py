@@ -12,6 +12,7 @@ from streamgen.cache.look_back import LookBackPolicy
 from streamgen.cache.merged import MergedPolicy
 from streamgen.cache.plan import Fold, Group, Plan, Segment, Write
 from streamgen.cache.policies import CachePolicy, Sizes, WindowPolicy, register_policy
+from streamgen.cache.refresh import RefreshPolicy
 from streamgen.cache.shots import ShotPolicy
 from streamgen.cache.store import CacheContext, GraphStore, KVStore
 
@@ -29,6 +30,7 @@ __all__ = [
     "MergedPolicy",
     "Plan",
     "RebuildPolicy",
+    "RefreshPolicy",
     "ShotPolicy",
     "Sizes",
     "Segment",

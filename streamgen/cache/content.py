@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamgen.cache.plan import Absorb, Choose
+from streamgen.cache.plan import Absorb, Choose, Renew
 from streamgen.kernels.rope import rotate
 from streamgen.models.blocks import widen
 from streamgen.models.rope import RotaryEmbedding
@@ -20,7 +20,7 @@ from streamgen.models.rope import RotaryEmbedding
 if TYPE_CHECKING:
     from streamgen.cache.store import KVStore
 
-__all__ = ["Choice", "absorb", "count_bias", "rotate_to_times"]
+__all__ = ["Choice", "absorb", "count_bias", "renew", "rotate_to_times"]
 
 
 class Choice:
@@ -62,6 +62,24 @@ def absorb(store: KVStore, plan: Absorb) -> None:
             entries = [tensor[:, plan.pages[0] : plan.pages[0] + size] for tensor in tensors]
             entries[2][:, plan.held + i :] = 0  # a page that is new here is empty
             _absorb_frame(*entries, tensors[0][:, source], tensors[1][:, source], time, plan)
+    for page in plan.pages:
+        store.angles[page] = None
+
+
+def renew(store: KVStore, plan: Renew) -> None:
+    """Let frames that leave replace the pages they are least like; all layers at once."""
+    pages = torch.tensor(plan.pages, device=store.keys.device)
+    summary = lambda tensor, index: widen(tensor[:, :, index]).mean(-3).flatten(-2)  # [layers, B, (n,) H·D]
+    for source in plan.sources:
+        closeness = sum(
+            F.cosine_similarity(summary(tensor, pages), summary(tensor, source)[:, :, None], dim=-1) / 2
+            for tensor in (store.keys, store.values)
+        )  # [layers, B, n]
+        least, place = closeness.min(-1, keepdim=True)
+        taken = (torch.arange(len(pages), device=pages.device) == place) & (least < plan.threshold)
+        for tensor in (store.keys, store.values):
+            kept = tensor[:, :, pages]
+            tensor[:, :, pages] = torch.where(taken[..., None, None, None], tensor[:, :, source, None], kept)
     for page in plan.pages:
         store.angles[page] = None
 

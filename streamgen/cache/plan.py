@@ -140,6 +140,17 @@ class Absorb:
 
 
 @dataclass(frozen=True, slots=True)
+class Renew:
+    """Before anything is written, let the pages `sources`, in turn, take the place of the one among `pages` they are
+    least like, where they are less like it than `threshold`: mean cosine of the pages' mean raw keys and mean values,
+    each layer and sample for itself."""
+
+    sources: tuple[int, ...]
+    pages: tuple[int, ...]
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """All groups of a row, and what becomes visible to others when the call is committed: folds, writes, record, merge.
 
@@ -156,11 +167,12 @@ class Plan:
     choose: Choose | None = None
     absorb: Absorb | None = None
     remember: tuple[tuple[int, int], ...] = ()
+    renew: Renew | None = None
 
     @property
     def by_content(self) -> bool:
         """Whether what is kept depends on keys and queries."""
-        return bool(self.record or self.merge or self.choose or self.absorb or self.remember)
+        return bool(self.record or self.merge or self.choose or self.absorb or self.remember or self.renew)
 
     @property
     def publishes(self) -> bool:
@@ -175,4 +187,4 @@ class Plan:
         )
         chosen_from = sum(len(s.pages) for s in self.choose.segments) if self.choose else 0
         absorbed = (len(self.absorb.sources), self.absorb.held) if self.absorb else (0, 0)
-        return groups, len(self.writes), chosen_from, absorbed
+        return groups, len(self.writes), chosen_from, absorbed, len(self.renew.sources) if self.renew else 0

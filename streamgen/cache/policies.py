@@ -268,6 +268,11 @@ class WindowPolicy(CachePolicy):
         self.oldest = 0  # nothing before this frame is read, the sink apart
 
     @property
+    def changes_sink(self) -> bool:
+        """Whether what leaves the window becomes part of the sink."""
+        return self.options.ema_decay is not None
+
+    @property
     def reserved(self) -> int:
         """Pages between sink and ring that a policy with a region of its own fills."""
         return 0
@@ -444,7 +449,7 @@ class WindowPolicy(CachePolicy):
         # unless it is refreshed, the sink is re-encoded only while the whole stream fits the window; later it keeps its
         # first prompt, and what has been folded into it
         window = self.options.window
-        room = window if self.options.ema_decay is None else min(window, self.pages)
+        room = min(window, self.pages) if self.changes_sink else window
         whole = self.oldest <= self.base and (window == -1 or self.frames - self.base <= room)
         if whole:
             first = self.base

@@ -116,6 +116,8 @@ class KVStore:
         self._fold(plan.folds)
         if plan.absorb is not None:
             content.absorb(self, plan.absorb)
+        if plan.renew is not None:
+            content.renew(self, plan.renew)
         self._write(plan.writes)
         if plan.remember:
             context.remember()

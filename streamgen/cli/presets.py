@@ -105,7 +105,7 @@ def regions(engine: Engine) -> str:
     config, cache = engine.config, engine.config.cache
     if cache.policy == "rebuild":
         return f"context {cache.window - engine.flight_frames}, flight {engine.flight_frames}"
-    if cache.policy not in ("window", "anchor", "bank", "look-back", "shots", "deep", "merged"):
+    if cache.policy not in ("window", "anchor", "bank", "look-back", "shots", "deep", "merged", "refresh"):
         return f"{cache.policy}, flight {engine.flight_frames}"
     parts = {"sink" if cache.ema_decay is None else "EMA sink": cache.sink}
     if cache.policy == "anchor":

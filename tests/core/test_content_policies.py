@@ -11,6 +11,7 @@ from streamgen.cache import DeepPolicy, KVStore, MergedPolicy, Sizes
 from streamgen.cache.deep import DeepOptions
 from streamgen.cache.merged import MergedOptions
 from streamgen.cache.plan import FLIGHT, Choose, Group, Plan, Segment
+from streamgen.cache.refresh import RefreshOptions, RefreshPolicy
 from streamgen.cache.store import Geometry
 from streamgen.cli.presets import regions
 from streamgen.config import load_preset
@@ -598,3 +599,97 @@ def test_what_is_said_of_the_two():
     assert reach(10, "trail") == reach(10, "trail", reuse=7) == 53  # 11 frames old at first, then 7 times 6 frames
     assert reach(10, "absolute") is None and reach(0, "absolute", kept=12) == 21 + 7 * 6
     assert MergedPolicy(MergedOptions(12, 3), Sizes(3, 3)).reach() is None
+
+
+# --- a sink that is renewed
+
+REFRESH = [
+    STEPS, "cache.policy=refresh", "cache.window=9", "cache.sink=2", "cache.refresh=0.05", "positions.rule=packed",
+]  # fmt: skip
+
+
+def renewed_by_hand(bench: Bench, sink: int, ring: int, chunks: int, threshold: float):
+    """[layer][sample] -> the frame each sink place holds, one frame after the other as it leaves the ring."""
+    cosine = torch.nn.functional.cosine_similarity
+    held = [[list(range(sink)) for _ in range(2)] for _ in range(2)]
+    for leaving in range(sink, chunks * bench.size - ring):
+        for layer in range(2):
+            for sample in range(2):
+                mean = lambda t, f, at=(layer, sample): t[at][f].mean(0).flatten()
+                alike = [
+                    sum(float(cosine(mean(t, f), mean(t, leaving), dim=0)) for t in (bench.keys, bench.values)) / 2
+                    for f in held[layer][sample]
+                ]
+                if min(alike) < threshold:
+                    held[layer][sample][alike.index(min(alike))] = leaving
+    return held
+
+
+def test_what_leaves_takes_the_place_of_what_it_is_least_like(tiny):
+    options = RefreshOptions(9, 2, "packed", threshold=0.05)
+    policy = RefreshPolicy(options, Sizes(3, 3))
+    bench = Bench(tiny, policy, 8)
+    for chunk in range(8):
+        bench.step(chunk)
+        bench.commit(chunk)
+    held = renewed_by_hand(bench, 2, policy.ring, 8, 0.05)
+    assert {tuple(frames) for layer in held for frames in layer} != {(0, 1)}  # something was renewed, not all alike
+    assert len({tuple(frames) for layer in held for frames in layer}) > 1
+    for layer in range(2):
+        for sample in range(2):
+            for page, frame in enumerate(held[layer][sample]):
+                assert torch.equal(bench.store.keys[layer, sample, page], bench.keys[layer, sample, frame])
+                assert torch.equal(bench.store.values[layer, sample, page], bench.values[layer, sample, frame])
+
+
+def test_a_sink_that_nothing_is_unlike_enough_for_is_a_fixed_one(tiny, model, embeds):
+    run = lambda *changes: latents(
+        Engine(model, tiny.config(STEPS, "cache.window=9", "cache.sink=2", "positions.rule=packed", *changes)).run(
+            embeds[0], SeededNoise(0), 24, SIZE
+        )
+    )
+    wanted = run()
+    assert torch.equal(run("cache.policy=refresh", "cache.refresh=-0.999"), wanted)
+    assert not torch.allclose(run("cache.policy=refresh", "cache.refresh=1"), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["keep", "recache", "cut"])
+def test_a_renewed_sink_goes_on_bit_by_bit(tiny, model, embeds, mode):
+    engine = Engine(model, tiny.config(*REFRESH, f"switch.mode={mode}"))
+    start = lambda: engine.start(embeds[0], SeededNoise(0), latent_size=SIZE, switches={15: embeds[1]})
+    rollout = start()
+    latents(islice(iter(rollout.advance, None), 4))
+    file = io.BytesIO()
+    torch.save(rollout.state_dict(), file)
+    fork, wanted = rollout.fork(), latents(islice(iter(rollout.advance, None), 4))
+    file.seek(0)
+    resumed = start()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(latents(islice(iter(resumed.advance, None), 4)), wanted)
+    assert torch.equal(latents(islice(iter(fork.advance, None), 4)), wanted)
+
+
+def test_a_renewed_sink_is_never_named():
+    """Its frames are content's; plans are bounded and repeat."""
+    engine = Engine(None, load_preset("default", REFRESH))
+    calls = list(islice(walk(engine), 200))
+    assert {call.plan.signature() for call in calls[60:120]} == {call.plan.signature() for call in calls[120:]}
+    late = [s for call in calls[60:] for g in call.plan.groups for s in g.segments if s.region == "sink"]
+    assert late and {s.frames for s in late} == {(-1, -1)} and {s.positions for s in late} == {(0, 1)}
+    assert regions(engine) == "sink 2, recent 4, flight 3"
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["cache.refresh=2"], ["cache.refresh=2", "cosine"]),
+        (["cache.sink=0"], ["cache.sink=0"]),
+        (["positions.rule=absolute"], ["positions.rule=absolute", "packed"]),
+        (["cache.ema_decay=0.9"], ["cache.ema_decay"]),
+        (["cache.window=5"], ["cache.window=5", "8 or more"]),
+    ],
+)
+def test_sinks_that_cannot_be_renewed_are_refused(changes, words):
+    with pytest.raises(InputError) as caught:
+        Engine(None, load_preset("default", [*REFRESH, *changes]))
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
