@@ -1,6 +1,7 @@
 """Configuration: dataclasses, filled from YAML and dotlist by OmegaConf, wrong keys and types refused in one line.
 
-Order: defaults < preset < the model's overrides < dotlist. YAML is read here, where a program starts, nowhere below.
+Order: defaults < preset < the model's overrides < those it has for this preset < dotlist. YAML is read here, where a
+program starts, nowhere below.
 """
 
 from __future__ import annotations
@@ -367,9 +368,9 @@ def preset_path(name: str) -> Path:
     return path
 
 
-def load_preset(name: str, overrides: Sequence[str] = (), model: dict | None = None) -> StreamConfig:
-    """A preset, the model's overrides on top (none by default), and a dotlist above both.
+def load_preset(name: str, overrides: Sequence[str] = (), *model: dict) -> StreamConfig:
+    """A preset, layers of a model's overrides on top (none by default), and a dotlist above all.
 
     Raises: InputError for an unknown preset, key, or value of the wrong type.
     """
-    return merge(StreamConfig, preset_path(name), model or {}, list(overrides))
+    return merge(StreamConfig, preset_path(name), *model, list(overrides))

@@ -10,7 +10,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from streamgen.config import StreamConfig, available, check_choice, config_root, load_preset, merge, suggest
+from streamgen.config import (
+    StreamConfig,
+    available,
+    check_choice,
+    config_root,
+    load_preset,
+    merge,
+    preset_path,
+    suggest,
+)
 from streamgen.device import default_dtype, resolve_device, resolve_dtype
 from streamgen.download import hub_name, licence_of, resolve_checkpoint, snapshot
 from streamgen.errors import InputError
@@ -21,14 +30,19 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ModelConfig:
-    """`configs/models/NAME.yaml`: what a model brings to any preset."""
+    """`configs/models/NAME.yaml`: what a model brings to any preset, and, by a preset's name, to that one alone."""
 
     preset: str = "default"
     fps: float = 16
     height: int | None = None  # None = a caller has to say
     width: int | None = None
     stream: dict[str, Any] = field(default_factory=dict)  # laid over the preset
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)  # laid over that, for one preset
     geometry: ModelGeometry | None = None  # of models that come without a folder: `streamgen.memory` estimates by it
+
+    def __post_init__(self) -> None:
+        for name in self.presets:
+            preset_path(name)
 
 
 def assets_root() -> Path:
@@ -195,5 +209,5 @@ def dtype_argument(dtype) -> dict:
 
 
 def stream_config(preset: str, settings: ModelConfig, overrides: Sequence[str] = ()) -> StreamConfig:
-    """defaults < preset < the model's overrides < dotlist."""
-    return load_preset(preset, overrides, settings.stream)
+    """defaults < preset < the model's overrides < those it has for this preset < dotlist."""
+    return load_preset(preset, overrides, settings.stream, settings.presets.get(preset, {}))

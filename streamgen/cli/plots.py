@@ -8,6 +8,7 @@ Drawn with Pillow in its built-in typeface, which has little beyond ASCII, twice
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -33,12 +34,13 @@ SWITCH, COMMIT = "#d1334a", "#12a594"
 NOISE = ((0, (238, 242, 251)), (0.5, (160, 186, 232)), (0.8, (104, 96, 190)), (1, (38, 28, 84)))  # sigma, its colour
 OWN, OTHERS = "own", "others"  # frames in flight: of the row's chunk, of the chunks beside it
 COLOURS = {
-    "sink": "#f2b63c", "anchor": "#ea7b5c", "bank": "#a77fd0", "chosen": "#c86fa8", "merged": "#8f9a4b",
-    "recent": "#74addd", OWN: "#5fb878", OTHERS: "#c4e6cd",
+    "sink": "#f2b63c", "context": "#c9a27e", "anchor": "#ea7b5c", "bank": "#a77fd0", "chosen": "#c86fa8",
+    "merged": "#8f9a4b", "recent": "#74addd", OWN: "#5fb878", OTHERS: "#c4e6cd",
 }  # fmt: skip
-NAMES = {OWN: "the chunk itself", OTHERS: "other chunks in flight", "anchor": "anchor"}
+NAMES = {OWN: "the chunk itself", OTHERS: "other chunks of the call"}
+KNOWN = ("context", FLIGHT)  # regions whose negative frames are blank ones; elsewhere content decides which they are
 ELSEWHERE = "#b9bec7"  # regions of policies from outside
-AGAIN = "re-encode"
+AGAIN, CONTEXT = "re-encode", "context"  # rows of calls before a chunk: at a new prompt, or whatever is prompted
 
 
 class Sheet:
@@ -83,10 +85,6 @@ def _shade(sigma: float) -> tuple[int, int, int]:
     return tuple(round(a + (b - a) * part) for a, b in zip(below, above, strict=True))
 
 
-def _colour(region: str) -> str:
-    return COLOURS.get(region, ELSEWHERE)
-
-
 def _on(colour) -> str:
     """Ink that is legible on a colour."""
     red, green, blue = ImageColor.getrgb(colour) if isinstance(colour, str) else colour
@@ -106,25 +104,37 @@ class Step:
 
 @dataclass
 class Schedule:
-    """Cells by (chunk, tick), and the chunks that are encoded again before a tick."""
+    """Cells by (chunk, tick), and the chunks that are encoded again before a tick: at a new prompt, or as context."""
 
     cells: dict[tuple[int, int], Step] = field(default_factory=dict)
     switches: dict[int, list[int]] = field(default_factory=dict)
+    contexts: dict[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Key:
-    """A frame as it is read; `position` None = which frame it is, content decides. `folded`: others blended into it."""
+    """A frame as it is read; `position` None = which frame it is, content decides. `folded`: others blended into it.
+
+    `weight`: what its keys count in attention, beside 1.
+    """
 
     region: str
     frame: int
     position: float | None
     folded: int = 0
+    weight: float = 1.0
+
+    @property
+    def colour(self) -> str | tuple[int, int, int]:
+        """Its region's, the paler the less it counts."""
+        full = COLOURS.get(self.region, ELSEWHERE)
+        mixed = lambda part: round(255 - (255 - part) * (0.25 + 0.75 * self.weight))
+        return full if self.weight == 1 else tuple(map(mixed, ImageColor.getrgb(full)))
 
     @property
     def text(self) -> str:
-        if self.position is None:
-            return "?"
+        if self.frame < 0:
+            return "?" if self.position is None else "-"
         return f"{self.frame}+{self.folded}" if self.folded else str(self.frame)
 
 
@@ -142,8 +152,8 @@ def schedule_of(engine: Engine, calls: Iterable[PlannedCall]) -> Schedule:
     out = Schedule()
     for call in calls:
         if call.call.source != "flight":
-            if not call.rebuilt:
-                out.switches[call.tick] = [slot.chunk for slot in call.row.slots]
+            before = out.contexts if call.rebuilt else out.switches
+            before[call.tick] = [slot.chunk for slot in call.row.slots]
             continue
         for slot in call.row.slots:
             sigma = None if slot.op is SlotOp.CLEAN else engine.ladder_of(slot.chunk).sigmas[slot.p_in]
@@ -160,8 +170,8 @@ def reads_of(calls: Iterable[PlannedCall]) -> list[Reads]:
     folded: Counter = Counter()  # frames that a page of the sink has taken up
     for call in calls:
         if call.call.source != "flight":
-            own = [frame for part in call.frames for frame in part]
-            rows[f"tick {call.tick}"] = Reads(AGAIN, _keys(call, call.plan.groups[-1], own, folded))
+            own, label = [frame for part in call.frames for frame in part], CONTEXT if call.rebuilt else AGAIN
+            rows[f"{label} {call.tick}"] = Reads(label, _keys(call, call.plan.groups[-1], own, folded))
         else:
             _read_slots(call, rows, folded)
         folded.update(fold.target for fold in call.plan.folds)
@@ -198,7 +208,9 @@ def _keys(call: PlannedCall, group: Group, own: Sequence[int], folded: Counter) 
             region = segment.region
             if region == FLIGHT:
                 region = OWN if frame in own else OTHERS
-            keys.append(Key(region, frame, None if frame < 0 else position, folded[page] if region == "sink" else 0))
+            place = None if frame < 0 and segment.region not in KNOWN else position
+            taken_up = folded[page] if region == "sink" else 0
+            keys.append(Key(region, frame, place, taken_up, math.exp(segment.log_bias)))
     return keys
 
 
@@ -271,6 +283,9 @@ def _schedule_panel(schedule: Schedule) -> Sheet:
         sheet.text(x, top - 25, "new prompt", 10, SWITCH, "mm")
         for chunk in again:
             sheet.dot(x - 0.25, top + (chunk + 0.5) * high, 4, COMMIT, SWITCH)
+    for tick, again in schedule.contexts.items():
+        for chunk in again:
+            sheet.dot(LABELS + tick * wide - 0.25, top + (chunk + 0.5) * high, 4, COMMIT, INK)
     _schedule_legend(sheet, top + chunks * high + GAP + 8, schedule)
     return sheet
 
@@ -298,7 +313,12 @@ def _schedule_legend(sheet: Sheet, y: float, schedule: Schedule) -> None:
         x = sheet.text(x + 19, y, "keys and values committed", 10, FAINT) + 18
     if schedule.switches:
         sheet.dot(x, y, 4, COMMIT, SWITCH)
-        sheet.text(x + 9, y, "encoded again under the new prompt", 10, FAINT)
+        x = sheet.text(x + 9, y, "encoded again under the new prompt", 10, FAINT) + 18
+    if schedule.contexts:
+        sheet.dot(x, y, 4, COMMIT, INK)
+        x = sheet.text(x + 9, y, "encoded again as context", 10, FAINT) + 18
+    if any(cell.mark in "=~" for cell in schedule.cells.values()):
+        sheet.text(x, y, "= held as it is, ~ held as noise", 10, FAINT)
 
 
 def _columns(rows: list[Reads]) -> tuple[int, int, int]:
@@ -351,21 +371,26 @@ def _draw_reads(sheet: Sheet, row: Reads, y: float, line: float, wide: float, ax
             high = whole / shared[key.position]
             x, top = axis + (key.position - first) * wide, y + taken[key.position] * high
         taken[key.position] += 1
-        sheet.box(x + 0.5, top + 0.5, wide - 1, high - 1, _colour(key.region))
-        sheet.centred(x, top, wide, high, key.text, _on(_colour(key.region)))
+        sheet.box(x + 0.5, top + 0.5, wide - 1, high - 1, key.colour)
+        sheet.centred(x, top, wide, high, key.text, _on(key.colour))
     for key in row.commit:
         if key.position is not None:
             x = axis + (key.position - first) * wide
-            sheet.box(x + 0.5, y + whole + 1, wide - 1, 4, _colour(key.region))
+            sheet.box(x + 0.5, y + whole + 1, wide - 1, 4, key.colour)
 
 
 def _reads_legend(sheet: Sheet, y: float, rows: list[Reads]) -> None:
-    seen = dict.fromkeys(key.region for row in rows for key in row.keys)
-    x = LABELS
+    keys = [key for row in rows for key in row.keys]
+    seen, x = {key.region: key for key in keys}, LABELS
     for region in [name for name in COLOURS if name in seen] + [name for name in seen if name not in COLOURS]:
-        sheet.box(x, y - 5, 14, 10, _colour(region))
+        sheet.box(x, y - 5, 14, 10, seen[region].colour)
         x = sheet.text(x + 19, y, NAMES.get(region, region), 10, FAINT) + 16
-    if any(key.folded for row in rows for key in row.keys):
+    weak = [key.weight for key in keys if key.weight < 1]
+    if weak:
+        x = sheet.text(x, y, f"pale: counts {weak[0]:.2g}", 10, FAINT) + 16
+    if any(key.frame < 0 and key.position is not None for key in keys):
+        x = sheet.text(x, y, "-: a blank frame", 10, FAINT) + 16
+    if any(key.folded for key in keys):
         x = sheet.text(x, y, "0+2: two more frames folded in", 10, FAINT) + 16
     if any(row.commit for row in rows):
         sheet.box(x, y - 2, 14, 4, COLOURS["recent"])

@@ -103,10 +103,11 @@ def _schedule(config: StreamConfig) -> str:
 def regions(engine: Engine) -> str:
     """What a call may read in steady state, in latent frames; of a policy from outside its name."""
     config, cache = engine.config, engine.config.cache
+    flight = engine.schedule.in_flight(engine.steps) * config.chunk.latent_frames
     if cache.policy == "rebuild":
-        return f"context {cache.window - engine.flight_frames}, flight {engine.flight_frames}"
+        return f"context {cache.window - flight}, flight {flight}"
     if cache.policy not in ("window", "anchor", "bank", "look-back", "shots", "deep", "merged", "refresh"):
-        return f"{cache.policy}, flight {engine.flight_frames}"
+        return f"{cache.policy}, flight {flight}"
     parts = {"sink" if cache.ema_decay is None else "EMA sink": cache.sink}
     if cache.policy == "anchor":
         parts["anchors"] = cache.anchors * config.chunk.latent_frames
@@ -116,13 +117,13 @@ def regions(engine: Engine) -> str:
         parts["context"] = cache.context.frames
     if cache.policy == "merged":
         parts["merged"] = cache.merged.size
-    unbounded, recent = cache.window == -1, cache.window - cache.sink - engine.flight_frames
+    unbounded, recent = cache.window == -1, cache.window - cache.sink - flight
     if cache.policy == "deep" and cache.deep.kept:
         chunk, deep = config.chunk.latent_frames, cache.deep
         grows = (cache.window - cache.sink - deep.kept - deep.recent) // chunk * chunk  # until the next choice
         parts["chosen"], recent = deep.kept, deep.recent - chunk + grows
     parts["recent"] = "all" if unbounded else recent
-    parts["flight"] = engine.flight_frames
+    parts["flight"] = flight
     return ", ".join(f"{name} {frames}" for name, frames in parts.items() if frames)
 
 

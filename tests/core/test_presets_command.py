@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from streamgen.cache.policies import POLICIES
 from streamgen.cli import main
-from streamgen.cli.plots import COLOURS, picture, reads_of
+from streamgen.cli.plots import COLOURS, picture, reads_of, schedule_of
 from streamgen.cli.presets import regions, tick_table
 from streamgen.config import available, load_preset
 from streamgen.engine import Engine
 from streamgen.errors import InputError
 from streamgen.noise import SeededNoise
+from streamgen.schedules import SCHEDULES
 from streamgen.walk import cost, walk
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -180,6 +181,7 @@ def test_the_table_has_every_preset_with_its_numbers(capsys):
     assert rows["memflow"][2] == "sink 3, bank 3, recent 6, flight 3"
     assert rows["self-forcing"][2:6] == ["recent all, flight 3", "absolute", "4", "all"]
     assert rows["diagonal"][8:10] == ["4/3/2", "inplace"]
+    assert rows["streamdiffusion-v2"][2] == "sink 3, recent 2, flight 1"  # its first chunk of two apart
 
 
 # --- ticks as text
@@ -247,6 +249,10 @@ def regions_in(array: np.ndarray) -> set[str]:
         ("memflow", [], {"sink", "bank", "recent", "own"}),
         ("rolling-forcing", [], {"sink", "recent", "own", "others"}),
         ("anchor-forcing", [9], {"sink", "anchor", "recent", "own"}),
+        ("deep-forcing", [], {"sink", "chosen", "recent", "own"}),
+        ("tempcache", [], {"sink", "merged", "recent", "own"}),
+        ("shotstream", [12], {"context", "recent", "own"}),
+        ("timestep-pipeline", [], {"sink", "recent", "own"}),
     ],
 )
 def test_a_picture_shows_the_regions_that_are_read(name, switches, shown):
@@ -291,6 +297,47 @@ def test_a_row_shows_the_commit_where_it_reads_otherwise():
     assert not any(row.commit for row in reads_of(walk(fused, 12)))
 
 
+def test_a_context_that_is_made_anew_has_a_row_of_its_own():
+    engine = engine_of("krea")
+    calls = list(walk(engine, 4))
+    rows = reads_of(calls)
+    assert [row.label for row in rows] == [
+        "chunk 0", "context", "chunk 1", "context", "chunk 2", "context", "chunk 3",
+    ]  # fmt: skip
+    assert [(key.frame, key.position) for key in rows[5].keys] == [(6, 0), (7, 1), (8, 2)]
+    shown = schedule_of(engine, calls)
+    assert shown.contexts == {5: [0], 10: [1], 15: [2]} and not shown.switches
+
+
+def test_blank_frames_have_places_and_no_numbers():
+    first, then = reads_of(walk(engine_of("shotstream"), 2))[:2]
+    assert (first.label, then.label) == ("context", "chunk 0")
+    assert [(key.text, key.position) for key in then.keys if key.region == "context"] == [("-", i) for i in range(6)]
+
+
+def test_frames_that_count_less_are_paler():
+    row = reads_of(walk(engine_of("longlive", "cache.attention_bias=0.3"), 6))[5]
+    weights = {key.region: key.weight for key in row.keys}
+    assert weights == pytest.approx({"sink": 1, "recent": 0.3, "own": 1})
+    recent = next(key.colour for key in row.keys if key.region == "recent")
+    assert sum(recent) > sum(ImageColor.getrgb(COLOURS["recent"]))
+
+
+def test_rows_of_one_tick_stand_in_one_line():
+    assert ticks("streamdiffusion-v2", 5)[1:] == [
+        "0 0c . . .", "1 1*c . . .", "2 . 0c . .", "3 . 1*c 0c .", "4 . . 1*c 0c",
+    ]  # fmt: skip
+    (row,) = [line for line in ticks("timestep-pipeline", 6) if line.startswith("5 ")]
+    assert row == "5 . . 3*c 2c 1c 0c"
+    engine = engine_of("timestep-pipeline")
+    cells = schedule_of(engine, walk(engine, 6)).cells
+    assert [cells[chunk, 5].mark for chunk in range(2, 6)] == ["3", "2", "1", "0"]
+    assert all(cells[chunk, 5].committed for chunk in range(2, 6))
+    assert [cells[chunk, 5].leaves for chunk in range(2, 6)] == [True, False, False, False]
+    last = next(row for row in reads_of(walk(engine, 8)) if row.label == "chunk 6")
+    assert [(key.frame, key.position) for key in last.keys[:3]] == [(0, 35), (1, 36), (2, 37)]  # ahead of 18
+
+
 def test_a_row_counts_what_was_folded_into_the_sink():
     rows = reads_of(walk(engine_of("reward-forcing"), 6))
     assert [row.keys[0].text for row in rows] == ["0", "0", "0", "0+1", "0+2", "0+3"]
@@ -318,6 +365,28 @@ def test_the_document_names_what_exists():
         node = load_preset("default")
         for part in key.split("."):
             node = getattr(node, part)
+
+
+def test_the_readme_names_every_preset_and_what_it_was_compared_with():
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| (`.+?`) \| .+ \| (.+?) \|$", text.split("## Presets")[1].split("\n## ")[0], re.MULTILINE)
+    said = {name: said for names, said in lines for name in re.findall(r"`([\w-]+)`", names)}
+    assert set(said) == set(NAMES)
+    golden = {name for name, words in said.items() if re.search(r"its public code, \d\.\de-6", words)}
+    assert golden - {"longlive-infinite"} == {name for name in NAMES if load_preset(name).parity == "golden"}
+
+
+def test_the_extension_of_the_readme_works_and_can_be_drawn(monkeypatch, tmp_path, capsys):
+    for registry in (POLICIES, SCHEDULES):
+        monkeypatch.setattr(registry, "_items", dict(registry._items))
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = [code for code in re.findall(r"```python\n(.+?)```", text, re.DOTALL) if "register_policy" in code]
+    exec(block, {"__name__": "mine"})
+    (command,) = re.findall(r"`streamgen (presets show default .+?)`", text)
+    assert main([*command.split(), "--plot", str(tmp_path / "out.png")]) == 0
+    assert main([*command.split(), "--ticks", "5"]) == 0
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert shown[-7:-1] == ["TICK 0 1 2 3", "0 0 0 . .", "1 1 1 . .", "2 2 2 . .", "3 3*c 3*c . .", "4 . . 0 0"]
 
 
 def test_the_policy_of_the_document_works_and_can_be_drawn(monkeypatch, stub):
