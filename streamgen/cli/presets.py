@@ -142,6 +142,20 @@ def _show(name: str, config: StreamConfig, args: argparse.Namespace) -> None:
         "chunk's ladder is taken; = held as context, ~ as noise that waits; * leaves; "
         "c its keys and values are committed; r encoded again"
     )
+    print("\n".join(["in steady state:", *(f"  {line}" for line in steady(engine))]))
+
+
+def steady(engine: Engine) -> list[str]:
+    """The kinds of call that a long stream repeats, in words."""
+    from streamgen.walk import steady_calls
+
+    lines = []
+    for call in steady_calls(engine):
+        groups = call.plan.groups
+        read = ", ".join(f"{segment.region} {len(segment.pages)}" for segment in groups[-1].segments)
+        parts = f" in {len(groups)} groups, the last" if len(groups) > 1 else ""
+        lines.append(f"{call.call.kind.value}: {sum(len(g.query_frames) for g in groups)} frames{parts} reading {read}")
+    return lines or ["it keeps every frame, so no two calls are alike"]
 
 
 def _plot(name: str, overrides: list[str], config: StreamConfig, args: argparse.Namespace) -> None:
