@@ -7,13 +7,15 @@ VENV    ?= .venv
 EXTRAS  ?= dev
 # processes that run tests, one thread each
 WORKERS ?= 2
+# that `make results` may take
+MINUTES ?= 180
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST  := $(THREADS) $(BIN)/pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: help install browser demo-video test test-all lint clean
+.PHONY: help install browser demo-video test test-all results lint clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -45,6 +47,9 @@ test: lint browser  ## the linter and the quick tests
 
 test-all: lint browser  ## the slow tests as well
 	$(PYTEST) tests
+
+results: install  ## docs/results.md, measured in MINUTES; the same again measures what is missing
+	$(BIN)/python benchmarks/results.py --minutes $(MINUTES)
 
 lint: install  ## ruff
 	$(BIN)/ruff check .

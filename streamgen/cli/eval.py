@@ -1,5 +1,7 @@
 """`streamgen eval`: models × presets × suites, judged by the world's oracle; `streamgen eval report`: docs/results.md.
 
+`eval video`, `eval vbench` and `eval vbench-results`, for any model, are in modules of their own.
+
     streamgen eval --presets default,self-forcing --suites short,switch --prompts 32 --output runs/compare
     streamgen eval report runs/compare runs/long-300 --output docs/results.md
 """
@@ -14,6 +16,7 @@ import logging
 import re
 import shlex
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +32,37 @@ EPILOG = f"""\
 suites: {", ".join(NAMES)}, and other lengths as long-300 or identity-120 (seconds)
 presets: names of `streamgen presets`, with settings laid over them: default+cache.window=9+cache.sink=0; and
   default+restart=5, a control that begins another stream every 5 seconds and so remembers nothing
---output gets results.json (records, differences to the first preset, failures), latency.json, results.md, plots,
-  sheets/ and raw/; the same command again measures what is not finished yet
+--output gets results.json (records, differences to the first preset, confusions, failures), latency.json, results.md,
+  plots, sheets/ and raw/; the same command again measures what is not finished yet
+
+of any model, each with its own --help:
+  streamgen eval video FILE|FOLDER...           metrics of videos, and their distance from a reference set
+  streamgen eval vbench --prompts FILE          the folder that VBench and VBench-Long read, rendered or filled
+  streamgen eval vbench-results FILE...         what they found, as a table
 
 examples:
   streamgen eval --presets default,self-forcing --suites short,switch --prompts 32 --output runs/compare
   streamgen eval report runs/compare --output docs/results.md
 """
+ELSEWHERE = {  # action -> module of this package, and what makes its parser, whose default `run` does it
+    "video": ("eval_video", "parser"),
+    "vbench": ("eval_vbench", "parser"),
+    "vbench-results": ("eval_vbench", "results_parser"),
+}
+
+
+class EvalParser(Parser):
+    """Options of the suites; an action of `ELSEWHERE` in front of them has a parser of its own."""
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        if not argv or argv[0] not in ELSEWHERE:
+            return super().read(argv)
+        module, make = ELSEWHERE[argv[0]]
+        return getattr(import_module(f"streamgen.cli.{module}"), make)(f"{self.prog} {argv[0]}").read(argv[1:])
 
 
 def parser(prog: str, description: str) -> Parser:
-    out = Parser(prog, description, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out = EvalParser(prog, description, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("words", nargs="*", metavar="report FOLDER", help="write results.md from folders that are there")
     out.add_argument("--model", default=MODEL, metavar="M[,M]", help=f"embedded, a folder or a Hub name ({MODEL})")
     out.add_argument("--checkpoint", metavar="FILE", help="whose transformer replaces the model's")
@@ -57,14 +80,19 @@ def parser(prog: str, description: str) -> Parser:
     out.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads of one process")
     out.add_argument("--overwrite", action="store_true", help="measure everything again")
     out.add_talk()
+    out.set_defaults(run=_run)
     return out
 
 
 def run(args: argparse.Namespace) -> int:
     with talking(args.quiet, args.verbose):
-        if not args.output:
-            raise InputError("--output is missing: say where results go, e.g. --output runs/eval")
-        return _report(args) if args.words else _evaluate(args)
+        return args.run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if not args.output:
+        raise InputError("--output is missing: say where results go, e.g. --output runs/eval")
+    return _report(args) if args.words else _evaluate(args)
 
 
 def names(text: str, what: str) -> list[str]:
@@ -157,6 +185,7 @@ def _digest(preset: str, settings) -> str:
 def _write(args: argparse.Namespace, units: Sequence, raws: Sequence[dict[str, Any]], folder: Path) -> None:
     """The report's files; names on stdout."""
     from streamgen.cli.charts import draw_results
+    from streamgen.cli.confusions import failings
     from streamgen.evaluation.results import TIMED, load_results, summary, write_json
 
     setting = {
@@ -174,8 +203,9 @@ def _write(args: argparse.Namespace, units: Sequence, raws: Sequence[dict[str, A
         else:
             (folder / name).unlink(missing_ok=True)  # of an earlier command
     results = load_results(folder)
-    plots = draw_results(results, folder)
-    (folder / "results.md").write_text(section(results, "Results", [plot.name for plot in plots]), encoding="utf-8")
+    plots, wrong = draw_results(results, folder), failings(results, folder)
+    text = section(results, "Results", [plot.name for plot in plots], wrong)
+    (folder / "results.md").write_text(text, encoding="utf-8")
     for file in ("results.json", *(["latency.json"] if (folder / "latency.json").exists() else []), "results.md"):
         print(folder / file)
 
@@ -189,8 +219,8 @@ def _versions() -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------- the report
-def section(results: dict[str, Any], title: str, plots: Sequence[str]) -> str:
-    """One folder's results as Markdown: setting, table, failures, plots, what the metrics mean."""
+def section(results: dict[str, Any], title: str, plots: Sequence[str], failings: Sequence[str]) -> str:
+    """One folder's results as Markdown: setting, table, failures, plots, what goes wrong, what the metrics mean."""
     from streamgen.evaluation.results import suites_of, table
 
     it = results["setting"]
@@ -206,6 +236,7 @@ def section(results: dict[str, Any], title: str, plots: Sequence[str]) -> str:
     lines += [""] if results["failures"] else []
     for plot in plots:
         lines += [f"![{Path(plot).stem}]({plot})", ""]
+    lines += [*failings, ""] if failings else []
     lines += [f"- `{suite}`: {find_suite(suite).purpose}." for suite in suites_of(results)]
     return "\n".join(lines) + "\n"
 
@@ -216,6 +247,7 @@ def _report(args: argparse.Namespace) -> int:
     if action != "report" or not folders:
         raise InputError(f"cannot {shlex.join(args.words)}: use `eval report FOLDER --output docs/results.md`")
     from streamgen.cli.charts import draw_results
+    from streamgen.cli.confusions import copy_failings
     from streamgen.evaluation.results import load_results
     from streamgen.media import check_output
 
@@ -227,9 +259,9 @@ def _report(args: argparse.Namespace) -> int:
     command = f"streamgen eval report {' '.join(folders)} --output {args.output}"
     lines = ["# Results", "", f"Generated by `{command}`; not to be edited by hand.", ""]
     beside.mkdir(exist_ok=True)
-    for name, results in parts.items():
-        plots = draw_results(results, beside, f"{name}-")
-        lines.append(section(results, name, [f"{beside.name}/{plot.name}" for plot in plots]))
+    for (name, results), folder in zip(parts.items(), folders):
+        plots = [f"{beside.name}/{plot.name}" for plot in draw_results(results, beside, f"{name}-")]
+        lines.append(section(results, name, plots, copy_failings(results, Path(folder), beside, f"{name}-")))
     target.write_text("\n".join(lines), encoding="utf-8")
     print(target)
     return 0

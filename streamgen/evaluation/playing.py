@@ -33,6 +33,9 @@ class Strip(Judge):
     def close(self):
         return self.judge.close()
 
+    def notes(self):
+        return self.judge.notes()
+
 
 def batches(cases: Sequence[Case], size: int) -> Iterator[list[int]]:
     """Indices of cases that can be streamed side by side: equally long, asked for the next prompt at equal frames."""

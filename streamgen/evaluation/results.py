@@ -1,8 +1,8 @@
 """From raw values, one file per model, preset and suite, to records with intervals, and to a table.
 
     raw/sprites--default--short.json    what was asked, and every case's numbers: finished ones are not run again
-    results.json                        `records`, `differences` to the first preset, `failures`; no timings, so that
-                                        the same seeds give the same file
+    results.json                        `records`, `differences` to the first preset, `confusions`, `failures`; no
+                                        timings, so that the same seeds give the same file
     latency.json                        records of the suite `latency`
 """
 
@@ -23,7 +23,9 @@ VERSION = 1
 DIGITS = 6
 TIMED = "latency"
 FIELDS = ("model", "preset", "suite", "metric", "value", "low", "high", "n")
-Raw = dict[str, Any]  # {"settings": …, "cases": [{"prompts", "seed", "part", "values"}], "failure": line or None}
+# {"settings": …, "cases": [{"prompts", "seed", "part", "values", also "said", "pairs"}], "failure": line or None, also
+# "confusions": what became of the pairs}
+Raw = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -120,6 +122,7 @@ def summary(raws: Sequence[Raw], setting: dict[str, Any], seed: int) -> dict[str
         "setting": setting,
         "records": list(records(good, seed)),
         "differences": [] if timed else list(differences(good, seed)),  # timed streams are no pairs
+        "confusions": [{**_who(raw), "attributes": raw["confusions"]} for raw in good if raw.get("confusions")],
         "failures": [{**_who(raw), "failure": raw["failure"]} for raw in raws if raw["failure"] is not None],
     }
 
@@ -136,7 +139,8 @@ def load_results(folder: Path) -> dict[str, Any]:
             raise InputError(f"{folder} is of version {item['streamgen_eval']}, and {VERSION} can be read; {again}")
         if not all(isinstance(record, dict) and set(FIELDS) <= record.keys() for record in item["records"]):
             raise InputError(f"{folder} is damaged: a record lacks some of {', '.join(FIELDS)}; {again}")
-    joined = {key: [entry for item in found for entry in item[key]] for key in ("records", "differences", "failures")}
+    lists = ("records", "differences", "confusions", "failures")
+    joined = {key: [entry for item in found for entry in item.get(key, [])] for key in lists}
     return {"setting": found[0]["setting"], **joined}
 
 
@@ -168,12 +172,13 @@ def table(results: dict[str, Any]) -> str:
     lines = [f"| suite | metric | {' | '.join(titles[w] for w in who)} |", f"|---|---|{'---|' * len(who)}"]
     for suite in suites_of(results):
         for metric in find_suite(suite).headline:
-            cells = [_cell(found.get((*w, suite, metric)), apart.get((*w, suite, metric))) for w in who]
+            cells = [result_cell(found.get((*w, suite, metric)), apart.get((*w, suite, metric))) for w in who]
             lines.append(f"| {suite} | {metric} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(record: dict[str, Any] | None, difference: dict[str, Any] | None) -> str:
+def result_cell(record: dict[str, Any] | None, difference: dict[str, Any] | None = None) -> str:
+    """A value with its interval, and its mark."""
     if record is None or record["value"] is None:
         return "–"
     mark = ""
@@ -185,5 +190,7 @@ def _cell(record: dict[str, Any] | None, difference: dict[str, Any] | None) -> s
 
 
 def number(value: float) -> str:
-    """Three digits that count."""
+    """Three digits that count; two of what is smaller than a hundredth."""
+    if 0 < abs(value) < 0.01:
+        return f"{value:.2g}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from streamgen.errors import BrokenStreamError, InputError, UnavailableError
+from streamgen.evaluation.confusions import count
 from streamgen.evaluation.playing import Strip, play
 from streamgen.evaluation.results import DIGITS, TIMED, Raw, read_raw, slug, write_json
+from streamgen.evaluation.sprites import ATTRIBUTES
 from streamgen.evaluation.suites import find_suite
 from streamgen.evaluation.suites.base import Options, Values
 from streamgen.worlds.sprites.renderer import FPS
@@ -95,22 +97,27 @@ Load = Callable[[str, str], Any]  # (model, preset as named) -> a pipeline
 
 # ------------------------------------------------------------------------------------------- one unit
 def measure(pipe, unit: Unit, folder: Path, tell: Callable[[int], None] = NO_FRAMES) -> list[dict[str, Any]]:
-    """Every case's numbers; a contact sheet of the first ones goes into `folder`/sheets."""
+    """Every case's numbers; contact sheets of the first ones, and of the worst, go into `folder`/sheets."""
     suite = find_suite(unit.suite)
     if suite.measure is not None:
         timed = suite.measure(pipe, unit.options)
         return [{"prompts": [], "seed": i, "part": "", "values": _plain(values)} for i, values in enumerate(timed)]
     cases = suite.cases(unit.options)
     judges = [suite.judge(case) for case in cases]
-    judges[:SHEET] = strips = [Strip(judge, case.num_frames) for judge, case in zip(judges[:SHEET], cases)]
+    kept = len(cases) if suite.confusions else SHEET
+    judges[:kept] = strips = [Strip(judge, case.num_frames) for judge, case in zip(judges[:kept], cases)]
     restart = Preset.parse(unit.preset).restart
     play(pipe, cases, judges, unit.batch, unit.mode, restart and round(restart * FPS), tell)
     values = [judge.close() for judge in judges]
-    _draw_sheet(folder / "sheets" / f"{unit.name}.png", strips, [" / ".join(c.prompts) for c in cases[:SHEET]])
-    return [
-        {"prompts": case.prompts, "seed": case.seed, "part": case.part, "values": _plain(found)}
-        for case, found in zip(cases, values, strict=True)
+    found = [
+        {"prompts": case.prompts, "seed": case.seed, "part": case.part, "values": _plain(numbers), **judge.notes()}
+        for case, numbers, judge in zip(cases, values, judges, strict=True)
     ]
+    sheet = folder / "sheets" / f"{unit.name}.png"
+    _draw_sheet(sheet, strips[:SHEET], [" / ".join(case.prompts) for case in cases[:SHEET]])
+    if suite.confusions:
+        _draw_worst(worst_path(folder, unit.name), strips, found)
+    return found
 
 
 def _plain(values: Values) -> Values:
@@ -127,11 +134,28 @@ def _draw_sheet(path: Path, strips: Sequence[Strip], labels: list[str]) -> None:
     save_image(path, contact_sheet(clips, max(map(len, clips)), labels))
 
 
+def worst_path(folder: Path, name: str) -> Path:
+    """Where the sheet of a unit's worst clips lies."""
+    return folder / "sheets" / f"{name}--worst.png"
+
+
+def _draw_worst(path: Path, strips: Sequence[Strip], found: list[dict[str, Any]]) -> None:
+    """The clips with most wrong attributes, and what was read; no sheet if all is right."""
+    path.unlink(missing_ok=True)  # of an earlier run
+    single = [name for name in ATTRIBUTES if name != "all_right"]
+    wrong = [sum(1 - case["values"][n] for n in single if case["values"][n] is not None) for case in found]
+    worst = [i for i in sorted(range(len(found)), key=lambda i: -wrong[i]) if wrong[i] > 0][:SHEET]
+    if worst:
+        labels = [f"{found[i]['prompts'][0]}   ->   {found[i]['said']}" for i in worst]
+        _draw_sheet(path, [strips[i] for i in worst], labels)
+
+
 def run_unit(unit: Unit, folder: Path, load: Load, tell: Callable[[int], None] = NO_FRAMES) -> Raw:
     """Measure a unit and write its raw result. What the model or preset refuses is the result, then."""
     raw: Raw = {"settings": unit.settings(), "failure": None, "cases": []}
     try:
         raw["cases"] = measure(_loaded(load, unit), unit, folder, tell)
+        raw["confusions"] = count(case["pairs"] for case in raw["cases"] if "pairs" in case)
     except UnavailableError:
         raise
     except (InputError, BrokenStreamError, FloatingPointError) as error:

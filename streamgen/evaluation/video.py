@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from streamgen.errors import InputError
-from streamgen.evaluation.video_change import ChangeMeter
+from streamgen.evaluation.video_change import ChangeMeter, check_chunks
 from streamgen.evaluation.video_drift import DriftMeter
 from streamgen.evaluation.video_frames import check_frames, luminance, parts
 from streamgen.evaluation.video_motion import MotionMeter
@@ -60,9 +60,8 @@ class VideoMeter:
             raise InputError(f"{fps} frames per second: metrics over time need a positive rate")
         self.frames = 0  # taken so far
         self._size: tuple[int, ...] | None = None
-        self._meters: list[Meter] = [
-            ChangeMeter(chunk_frames), MotionMeter(fps), DriftMeter(fps), SpectrumMeter(fps),
-        ]  # fmt: skip
+        self._change = ChangeMeter(chunk_frames)
+        self._meters: list[Meter] = [self._change, MotionMeter(fps), DriftMeter(fps), SpectrumMeter(fps)]
 
     def add(self, frames: np.ndarray) -> None:
         """Take in the next frames, uint8 [f, H, W, 3]. Raises: InputError."""
@@ -76,8 +75,14 @@ class VideoMeter:
                 meter.add(part, luma)
         self.frames += len(frames)
 
-    def metrics(self) -> Metrics:
-        """Every metric by name; None where this video defines none. Raises: InputError below two frames."""
+    def metrics(self, chunk_frames: Sequence[int] | None = None) -> Metrics:
+        """Every metric by name; None where this video defines none. Raises: InputError below two frames.
+
+        Args:
+            chunk_frames: frames of every chunk as they came, where nobody knew beforehand.
+        """
+        if chunk_frames is not None:
+            self._change.chunk_frames = check_chunks(chunk_frames)
         if self.frames < 2:
             raise InputError(f"a video of {self.frames} frames has no metrics; give at least 2 frames")
         found: Metrics = {}

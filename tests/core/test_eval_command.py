@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamgen.cli import charts, main
+from streamgen.cli import charts, confusions, main
 from streamgen.cli import eval as command
 from streamgen.errors import InputError
 from streamgen.evaluation.playing import RESTART, batches, play
@@ -27,7 +28,7 @@ RED, BLUE = "a red circle bouncing on a navy background", "a blue circle bouncin
 
 
 class Painter:
-    """A pipeline whose streams are the world's own: 9 frames, then 12 at a time. `flaw`: deaf | refuses."""
+    """A pipeline whose streams are the world's own: 9 frames, then 12 at a time. `flaw`: deaf | refuses | blue."""
 
     settings = SimpleNamespace(height=None, width=None)
 
@@ -46,8 +47,14 @@ class Painter:
 class Show:
     def __init__(self, pipe: Painter, prompt, seeds: list[int], num_frames: int) -> None:
         self.pipe, self.single, self.seeds, self.num_frames = pipe, isinstance(prompt, str), seeds, num_frames
-        self.changes = [[Change(0, parse(p))] for p in ([prompt] if self.single else prompt)]
+        self.changes = [[Change(0, self.scene(p))] for p in ([prompt] if self.single else prompt)]
         self.done, self.epoch = 0, 0
+
+    def scene(self, prompt: str):
+        scene = parse(prompt)
+        if self.pipe.flaw == "blue":
+            scene = replace(scene, actors=tuple(replace(actor, colour="blue") for actor in scene.actors))
+        return scene
 
     def __enter__(self):
         return self
@@ -173,7 +180,7 @@ def test_a_comparison_is_written_whole_and_twice_the_same(evaluate, pipes, tmp_p
     assert (apart["self-forcing", "new"]["value"], apart["self-forcing", "new"]["to"]) == (-1, "default")
     assert pipes["default"].streams == pipes["self-forcing"].streams  # the same prompts, seeds and lengths
     text = Path("out/results.md").read_text()
-    assert "| switch | success | 1.00 [1.00, 1.00] | 0.00 [0.00, 0.00] ▼ |" in text and "–" in text
+    assert "| switch | success | 1.00 | 0.00 |" in text and "–" in text  # of one case there is no interval
     for name in ("switch-latency.png", "sheets/sprites--default--short.png", "raw/sprites--default--short.json"):
         assert Path("out", name).is_file()
     shutil.move("out", "first")
@@ -228,6 +235,44 @@ def test_latency_is_kept_apart(evaluate, pipes, monkeypatch):
     assert value("denoise_seconds_per_chunk") == pytest.approx(0.01)
     assert timed["default", "latency", "fps"]["n"] == latency.STREAMS
     assert "| latency | fps |" in Path("out/results.md").read_text()
+
+
+def test_what_is_confused_is_drawn_and_the_worst_are_shown(evaluate, pipes):
+    pipes["default"] = Painter("blue")
+    argv = ("--suites", "short", "--prompts", 3, "--presets", "default,self-forcing")
+    assert evaluate(*argv)[0] == 0
+    raw = json.loads(Path("out/raw/sprites--default--short.json").read_text())
+    named = [named for case in raw["cases"] for named, _ in case["pairs"]["colour"]]
+    assert {word: sum(line.values()) for word, line in raw["confusions"]["colour"].items()} == {
+        word: named.count(word) for word in named
+    }
+    assert {read for line in raw["confusions"]["colour"].values() for read in line} <= {"blue", "none"}
+    assert all(read == named for named, line in raw["confusions"]["background"].items() for read in line)
+    assert all("blue" in case["said"] for case in raw["cases"])
+    results = json.loads(Path("out/results.json").read_text())
+    assert results["confusions"][0]["attributes"] == raw["confusions"]
+    text, worst = Path("out/results.md").read_text(), "sprites--default--short--worst.png"
+    assert "- default: short: what is confused with what, [in counts](sprites--default--short--confusions.png)" in text
+    assert f"[the worst clips](sheets/{worst})" in text and Path("out/sheets", worst).is_file()
+    assert "- self-forcing: short" in text and "no clip has a wrong attribute" in text
+    colours = next(line for line in text.splitlines() if line.startswith("| short | colour |"))
+    assert colours.endswith("| 1.00 [1.00, 1.00] ▲ |")
+    assert not Path("out/sheets/sprites--self-forcing--short--worst.png").exists()
+    assert evaluate("report", "out", output="results.md")[0] == 0
+    report = Path("results.md").read_text()
+    assert f"(results/out-{worst})" in report and Path(f"results/out-{worst}").is_file()
+    assert Path("results/out-sprites--default--short--confusions.png").is_file()
+    assert "- self-forcing: short: what" not in report  # pictures of the first preset alone
+    pipes["default"] = Painter()
+    assert evaluate(*argv, "--overwrite")[0] == 0 and not Path("out/sheets", worst).exists()
+
+
+def test_a_matrix_shows_how_often_and_how_right():
+    white = lambda line: float((confusions.draw({"colour": {"red": line}}, "t") == 255).all(-1).mean())
+    ink = lambda line, rgb: int((confusions.draw({"colour": {"red": line}}, "t") == rgb).all(-1).sum())
+    assert ink({"red": 4}, confusions.RIGHT) > 1000 and ink({"red": 4}, confusions.WRONG) == 0
+    assert ink({"blue": 4}, confusions.WRONG) > 1000 and ink({"blue": 4}, confusions.RIGHT) == 0
+    assert white({"red": 2, "blue": 2}) < white({"red": 4})  # two cells are filled
 
 
 def test_the_report_is_made_of_folders(evaluate, pipes):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -66,12 +67,17 @@ class Judge:
         """What is known at the end."""
         raise NotImplementedError
 
+    def notes(self) -> dict[str, Any]:
+        """After `close`, what there is to say beside numbers: `said`, and `pairs` as in `confusions`."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Suite:
     """`headline`: the metrics of the table; `purpose`: one line that says what they mean.
 
-    Frames are judged case by case, or a pipeline is timed: `measure(pipe, options)` gives values then.
+    Frames are judged case by case, or a pipeline is timed: `measure(pipe, options)` gives values then. `confusions`:
+    its judges note what they read; frames of every case are kept until the worst are known (0.5 MB each).
     """
 
     name: str
@@ -80,6 +86,7 @@ class Suite:
     cases: Callable[[Options], list[Case]] = lambda options: []
     judge: Callable[[Case], Judge] = Judge
     measure: Callable[..., list[Values]] | None = None
+    confusions: bool = False
 
 
 class Pieces:

@@ -20,7 +20,6 @@ CHANGED, SHOWN = 40, 60  # sums of absolute RGB differences: to the frame before
 FEW_CHANGED, FEW_SHOWN = 4, 20  # of every second pixel each way; the slowest motion changes 15 in a frame
 STILL = 4  # frames: a pulse stands still at its ends for less
 JUMP = 0.1  # picture widths in a frame; the fastest circle takes 0.058
-LOOKS = ("luminance", "saturation", "contrast", "sharpness")
 
 
 # ------------------------------------------------------------------------------------------- as it was said
@@ -107,19 +106,6 @@ def dynamic_degree(reading: Reading) -> float | None:
     known = [(actor.speed, usual_speed(actor.motion)) for actor in reading.actors if actor.motion and actor.speed]
     parts = [speed / usual for speed, usual in known if usual]
     return float(np.mean(parts)) if parts else None
-
-
-def looks(frames: np.ndarray) -> dict[str, float]:
-    """Luminance and its contrast, saturation, and sharpness (mean step to the next pixel), all of 1 at most."""
-    pixels = frames[::4].astype(np.float32) / 255
-    grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
-    steps = np.abs(np.diff(grey, axis=1)).mean() + np.abs(np.diff(grey, axis=2)).mean()
-    return {
-        "luminance": float(grey.mean()),
-        "saturation": float((pixels.max(-1) - pixels.min(-1)).mean()),
-        "contrast": float(grey.std(axis=(1, 2)).mean()),
-        "sharpness": float(steps),
-    }
 
 
 def centres(frames: np.ndarray) -> np.ndarray:

@@ -1,25 +1,28 @@
 """`short`: five seconds of a held-out prompt, some with two actors. `long`: the same prompts in bins of five seconds.
 
 `long` asks what `short` cannot: whether bin 12 is as good as bin 1, whether the actor is still the same one, whether
-it still moves, and whether the picture grows darker, paler, flatter or duller.
+it still moves, and whether the picture grows darker, paler, flatter or duller, flickers, or shows where chunks begin.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from streamgen.evaluation.confusions import pairs, said
 from streamgen.evaluation.sprites import ATTRIBUTES, specified
 from streamgen.evaluation.suites.base import BIN, Case, Judge, Options, Pieces, Suite, Values, mean, seeds
 from streamgen.evaluation.suites.readings import (
-    LOOKS,
     attributes,
     binding,
     dynamic_degree,
     jumps,
-    looks,
     stagnation,
     strangers,
 )
+from streamgen.evaluation.video import VideoMeter
+from streamgen.evaluation.video_drift import LOOKS
 from streamgen.worlds.sprites.language import Change, Timeline
 from streamgen.worlds.sprites.oracle import Reading, read
 from streamgen.worlds.sprites.renderer import FPS
@@ -43,13 +46,14 @@ class ShortJudge(Judge):
 
     def __init__(self, case: Case) -> None:
         self.scene, self.parts = case.scene, []
+        self.reading: Reading | None = None
 
     def take(self, frames: np.ndarray) -> None:
         self.parts.append(frames)
 
     def close(self) -> Values:
         clip = np.concatenate(self.parts)
-        reading = read(clip, actors=len(self.scene.actors))
+        reading = self.reading = read(clip, actors=len(self.scene.actors))
         return {
             **attributes(reading, self.scene),
             "binding": binding(reading, self.scene),
@@ -59,17 +63,23 @@ class ShortJudge(Judge):
             "dynamic_degree": dynamic_degree(reading),
         }
 
+    def notes(self) -> dict[str, Any]:
+        return {"said": said(self.reading), "pairs": pairs(self.reading, self.scene)}
+
 
 class LongJudge(Judge):
-    """A reading per bin; only numbers are kept."""
+    """A reading per bin, and the metrics of any video over all of them; only numbers are kept."""
 
     def __init__(self, case: Case) -> None:
         self.scene, self.pieces = case.scene, Pieces(BIN)
         self.bins: list[Values] = []
         self.before: Reading | None = None
-        self.changes, self.jumps, self.frames = 0, 0, 0
+        self.changes, self.jumps = 0, 0
+        self.meter = VideoMeter(FPS)
+        self.chunks: list[int] = []  # frames of each
 
     def take(self, frames: np.ndarray) -> None:
+        self.chunks.append(len(frames))
         for piece in self.pieces.take(frames):
             self._read(piece)
 
@@ -79,9 +89,10 @@ class LongJudge(Judge):
         calm = self.before is not None and not reading.identity_changes and not self.before.identity_changes
         if calm:  # else the two votes differ because of a change that is counted already
             self.changes += strangers(self.before, reading)
-        self.before, self.frames = reading, self.frames + len(piece)
+        self.before = reading
+        self.meter.add(piece)
         alive = {"stagnation": stagnation(piece), "dynamic_degree": dynamic_degree(reading)}
-        self.bins.append({**attributes(reading, self.scene), **alive, **looks(piece)})
+        self.bins.append({**attributes(reading, self.scene), **alive})
 
     def close(self) -> Values:
         for piece in self.pieces.rest():
@@ -91,14 +102,20 @@ class LongJudge(Judge):
         for name in (*ATTRIBUTES, "stagnation", "dynamic_degree"):
             out[name] = mean(series(name))
             out |= drift(name, series(name))
-        for name in LOOKS:
-            out[f"{name}_drift"] = abs(series(name)[-1] - series(name)[0]) if len(self.bins) > 1 else None
-        minutes = self.frames / FPS / 60
+        minutes = self.meter.frames / FPS / 60
         out["identity_changes_per_minute"] = self.changes / minutes if minutes else None
         out["jumps_per_minute"] = self.jumps / minutes if minutes else None
         for name in (*ATTRIBUTES, "dynamic_degree"):
             out |= {f"{name}@{i * BIN // FPS}": value for i, value in enumerate(series(name))}
-        return out
+        return {**self._pictures(), **out}  # of two, the world's own stagnation and dynamic degree
+
+    def _pictures(self) -> Values:
+        """The metrics of any video; looks also by how far they went, since over clips ups and downs cancel out."""
+        if self.meter.frames < 2:
+            return {}
+        found = self.meter.metrics(self.chunks)
+        changes = {name: found[f"drift_{name}_change"] for name in LOOKS}
+        return {**found, **{f"{name}_drift": None if v is None else abs(v) for name, v in changes.items()}}
 
 
 def drift(name: str, series: list[float | None]) -> Values:
@@ -120,6 +137,7 @@ def short() -> Suite:
         ("all_right", "colour", "shape", "background", "motion", "whole", "present", "binding"),
         lambda options: specified_cases(options, SHORT),
         ShortJudge,
+        confusions=True,
     )
 
 
@@ -129,8 +147,12 @@ def long(seconds: int = 60) -> Suite:
         f"{seconds} s of a held-out prompt in bins of 5 s (NAME@SECOND): change = last bin minus first, slope per "
         "minute; stagnation = the share of frames in which nothing moves; dynamic_degree = speed against the "
         "world's; identity_changes_per_minute in colour, shape or size, jumps_per_minute of the place; "
-        "NAME_drift of a look = how far its last bin is from its first",
-        ("all_right", "all_right_change", "identity_changes_per_minute", "stagnation", "dynamic_degree"),
+        "NAME_drift of a look = how far its last bin is from its first; seam = change at chunk borders against change "
+        "inside chunks, 1 = none; flicker, warping_error, drift_* and spectral_drift_* as `streamgen eval video` says",
+        (
+            "all_right", "all_right_change", "identity_changes_per_minute", "stagnation", "dynamic_degree", "seam",
+            "flicker",
+        ),  # fmt: skip
         lambda options: specified_cases(options, seconds * FPS),
         LongJudge,
     )

@@ -1,0 +1,127 @@
+"""docs/results.md: every comparison it shows, measured resumably within a time, then the report.
+
+    python benchmarks/results.py --minutes 180        # or `make results`; the same again measures what is missing
+
+What to compare is said here; all else is `streamgen eval`. A comparison that time runs out for is reported with the
+presets that are finished. Published numbers: --split test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ABLATIONS = (
+    "default",  # static sink of 3, packed positions, window 21, separate commit, recache
+    "default+cache.sink=0", "default+cache.ema_decay=0.999", "default+cache.sink=10",  # none, EMA, deep
+    "default+positions.rule=absolute", "default+positions.rule=tri-region",
+    "default+cache.window=9", "default+cache.window=12",
+    "default+positions.rule=absolute+schedule.commit=fused",  # against absolute alone: packed positions refuse it
+    "default+schedule.commit=inplace",
+    "default+switch.mode=keep", "default+switch.mode=reset", "default+switch.mode=cut",
+    "default+schedule.coupling=joint+schedule.stagger=3",  # rolling against self-forcing, all else equal
+    "default+restart=5",  # the control that remembers nothing
+)  # fmt: skip
+FITTED = {  # what else a preset takes on the embedded model, whose ladder has 12 steps and whose positions are packed
+    "deep-forcing": "+positions.rule=trail",
+    "magi": "+positions.rule=absolute",
+    "rolling-forcing": "+schedule.stagger=3",
+    "streamdit": "+cache.window=24",
+    "tempcache": "+positions.rule=absolute",
+    "timestep-pipeline": "+positions.rule=ahead",
+}
+LONGEST = ("default", "longlive", "rolling-forcing")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A folder of results: presets × suites, and cases per suite."""
+
+    folder: str
+    presets: tuple[str, ...]
+    suites: tuple[str, ...]
+    prompts: int
+
+
+def comparisons(prompts: int, long_prompts: int) -> list[Comparison]:
+    """In the order in which they are measured."""
+    from streamgen.config import available
+
+    others = [name for name in available("presets") if name != "default"]
+    everything = ("default", *(f"{name}{FITTED.get(name, '')}" for name in others))
+    longest, few = tuple(f"{name}{FITTED.get(name, '')}" for name in LONGEST), max(1, long_prompts // 2)
+    return [
+        Comparison("presets", everything, ("short", "switch"), prompts),
+        Comparison("minute", everything, ("long",), long_prompts),
+        Comparison("ablations", ABLATIONS, ("switch", "long", "identity", "memory"), long_prompts),
+        Comparison("five-minutes", longest, ("long-300",), few),
+        Comparison("ten-minutes", longest, ("long-600",), few),
+        Comparison("speed", everything, ("latency",), 1),
+    ]
+
+
+def evaluate(it: Comparison, presets: Sequence[str], args: argparse.Namespace, seconds: float) -> int:
+    """`streamgen eval`, interrupted when the time is over, as by Ctrl-C; its exit code, 130 then."""
+    command = [
+        sys.executable, "-m", "streamgen", "eval", "--model", args.model, "--presets", ",".join(presets),
+        "--suites", ",".join(it.suites), "--prompts", str(it.prompts), "--split", args.split, "--seed", str(args.seed),
+        "--jobs", str(args.jobs), "--batch", str(args.batch), "--output", str(args.output / it.folder),
+    ]  # fmt: skip
+    print(f"== {it.folder}: {len(presets)} presets, {', '.join(it.suites)}", file=sys.stderr, flush=True)
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        return 130
+
+
+def finished(it: Comparison, args: argparse.Namespace) -> list[str]:
+    """Presets of which every suite is there."""
+    from streamgen.evaluation.results import slug
+
+    raw = args.output / it.folder / "raw"
+    there = lambda preset: all((raw / f"{slug(args.model, preset, suite)}.json").is_file() for suite in it.suites)
+    return [preset for preset in it.presets if there(preset)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=180, help="after which nothing more is begun (180)")
+    parser.add_argument("--prompts", type=int, default=32, help="cases of short and switch (32)")
+    parser.add_argument("--long-prompts", type=int, default=8, help="of a minute and the ablations; longer: half (8)")
+    parser.add_argument("--only", help="names of comparisons, with commas: presets, minute, ablations, …")
+    parser.add_argument("--model", default="sprites")
+    parser.add_argument("--split", default="val", choices=("val", "test"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=Path("runs/results"))
+    parser.add_argument("--report", type=Path, default=Path("docs/results.md"))
+    args = parser.parse_args()
+
+    end = time.monotonic() + 60 * args.minutes
+    args.output.mkdir(parents=True, exist_ok=True)
+    wanted = comparisons(args.prompts, args.long_prompts)
+    for it in wanted:
+        if args.only and it.folder not in args.only.split(",") or time.monotonic() >= end:
+            continue
+        code = evaluate(it, it.presets, args, max(1.0, end - time.monotonic()))
+        if code == 130 and (done := finished(it, args)):
+            code = evaluate(it, done, args, 600.0)  # the files of what is there
+        if code not in (0, 1, 130):  # bad input: it has said why
+            return code
+    folders = [str(args.output / it.folder) for it in wanted if (args.output / it.folder / "results.json").is_file()]
+    command = [sys.executable, "-m", "streamgen", "eval", "report", *folders, "--output", str(args.report)]
+    return subprocess.run(command).returncode if folders else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
