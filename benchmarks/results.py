@@ -28,14 +28,6 @@ ABLATIONS = (
     "default+schedule.coupling=joint+schedule.stagger=3",  # rolling against self-forcing, all else equal
     "default+restart=5",  # the control that remembers nothing
 )  # fmt: skip
-FITTED = {  # what else a preset takes on the embedded model, whose ladder has 12 steps and whose positions are packed
-    "deep-forcing": "+positions.rule=trail",
-    "magi": "+positions.rule=absolute",
-    "rolling-forcing": "+schedule.stagger=3",
-    "streamdit": "+cache.window=24",
-    "tempcache": "+positions.rule=absolute",
-    "timestep-pipeline": "+positions.rule=ahead",
-}
 LONGEST = ("default", "longlive", "rolling-forcing")
 
 
@@ -53,15 +45,14 @@ def comparisons(prompts: int, long_prompts: int) -> list[Comparison]:
     """In the order in which they are measured."""
     from streamgen.config import available
 
-    others = [name for name in available("presets") if name != "default"]
-    everything = ("default", *(f"{name}{FITTED.get(name, '')}" for name in others))
-    longest, few = tuple(f"{name}{FITTED.get(name, '')}" for name in LONGEST), max(1, long_prompts // 2)
+    everything = ("default", *(name for name in available("presets") if name != "default"))
+    few = max(1, long_prompts // 2)
     return [
         Comparison("presets", everything, ("short", "switch"), prompts),
         Comparison("minute", everything, ("long",), long_prompts),
         Comparison("ablations", ABLATIONS, ("switch", "long", "identity", "memory"), long_prompts),
-        Comparison("five-minutes", longest, ("long-300",), few),
-        Comparison("ten-minutes", longest, ("long-600",), few),
+        Comparison("five-minutes", LONGEST, ("long-300",), few),
+        Comparison("ten-minutes", LONGEST, ("long-600",), few),
         Comparison("speed", everything, ("latency",), 1),
     ]
 
