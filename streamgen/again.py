@@ -9,7 +9,7 @@ from torch import Tensor
 
 from streamgen.cache.rebuild import Rebuild
 from streamgen.errors import InputError
-from streamgen.flight import Flight
+from streamgen.flight import Flight, Text
 
 
 class Pictures:
@@ -66,18 +66,27 @@ def kept(past: list[Flight], window: int, lasting: Container[int]) -> list[Fligh
 
 
 def latents_of(
-    wanted: Rebuild, past: list[Flight], pictures: Pictures | None, blank: Flight
+    wanted: Rebuild, past: list[Flight], pictures: Pictures | None, blank: tuple[Tensor, Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
-    """The frames' latents [B, C, f, h, w], and what the model reads beside them; `blank`: one such frame."""
+    """The frames' latents [B, C, f, h, w], and what the model reads beside them; `blank`: both of a blank frame."""
     found, x, channels = by_frame(past), [], []
     for frame in wanted.frames:
-        flight = found.get(frame, blank)
-        at = max(0, frame - flight.frames.start) if frame >= 0 else 0
-        part = flight.x[:, :, at : at + 1]
+        part, beside = blank if frame < 0 else _frame(found[frame], frame)
         x.append(pictures.latent(frame).to(part) if frame in wanted.pixels else part)
-        if flight.channels is not None:
-            channels.append(flight.channels[:, :, at : at + 1])
-    return torch.cat(x, 2), torch.cat(channels, 2) if channels else None
+        channels.append(beside)
+    return torch.cat(x, 2), None if channels[0] is None else torch.cat(channels, 2)
+
+
+def _frame(flight: Flight, frame: int) -> tuple[Tensor, Tensor | None]:
+    at = frame - flight.frames.start
+    channels = flight.channels
+    return flight.x[:, :, at : at + 1], None if channels is None else channels[:, :, at : at + 1]
+
+
+def texts_of(wanted: Rebuild, past: list[Flight], present: Text) -> list[Text]:
+    """The prompt of every frame; blank ones are told the present one."""
+    found = by_frame(past)
+    return [found[frame].text if frame in found else present for frame in wanted.frames]
 
 
 def by_frame(past: list[Flight]) -> dict[int, Flight]:

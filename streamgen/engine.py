@@ -16,13 +16,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from streamgen.building import build_policy
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError
+from streamgen.flight import CallRecord, LatentChunk, Text
 from streamgen.forward import Forward
 from streamgen.ladder import Ladder, build_ladder
 from streamgen.models.blocks import collapse_padding
 from streamgen.noise import Noise, TensorNoise
-from streamgen.rollout import CallRecord, LatentChunk, Rollout, Text, build_policy
+from streamgen.rollout import Rollout
 from streamgen.schedules import HORIZON, SCHEDULES, Schedule, lanes
 from streamgen.source import Source
 
@@ -84,6 +86,16 @@ class Engine:
     def transformer(self):
         """The first expert: of shapes and conditions, which all experts share."""
         return self.experts[0]
+
+    @property
+    def latent_channels(self) -> int:
+        config = self.transformer.config
+        return config.out_channels or config.in_channels
+
+    @property
+    def extra_channels(self) -> int:
+        """Read beside the latents: image-to-video."""
+        return self.transformer.config.in_channels - self.latent_channels
 
     def expert_for(self, timestep: float) -> int:
         """Which expert denoises at a level."""
@@ -176,8 +188,7 @@ class Engine:
         return rollout
 
     def _check_channels(self, channels) -> None:
-        config = self.transformer.config
-        extra = config.in_channels - (config.out_channels or config.in_channels)
+        extra = self.extra_channels
         if extra and channels is None:
             raise InputError(
                 f"this transformer reads {extra} channels beside the latents (image-to-video): give it an image"

@@ -1,12 +1,13 @@
-"""A stream as plain Python and tensors, and back."""
+"""A stream as plain Python and tensors, and back; or as another one with the same past."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from streamgen.flight import Flight, LatentChunk, Text
+from streamgen.flight import Flight, LatentChunk, Text, Timings
 from streamgen.ladder import Ladder
 from streamgen.schedules import clean_call
 
@@ -74,6 +75,19 @@ def restore(rollout: Rollout, state: dict) -> None:
         rollout.pending.append((tick, clean_call((chunk,), engine.steps), flight))
     if rollout.channels is not None:
         rollout.channels.load_state_dict(state["channels"])
+
+
+def twin(rollout: Rollout) -> Rollout:
+    """See `Rollout.fork`."""
+    other = copy(rollout)
+    other.caches = {lane: cache.fork(rollout.new_policy()) for lane, cache in rollout.caches.items()}
+    other.channels = rollout.channels.fork() if rollout.channels is not None else None
+    other.pictures = rollout.pictures.fork() if rollout.pictures is not None else None
+    other.flight = {chunk: replace(flight) for chunk, flight in rollout.flight.items()}
+    other.held = {chunk: replace(flight) for chunk, flight in rollout.held.items()}
+    other.owed, other.timings = dict(rollout.owed), Timings()
+    other.pending, other.past, other.ready = list(rollout.pending), list(rollout.past), list(rollout.ready)
+    return other
 
 
 def _texts(rollout: Rollout) -> Iterator[Text]:

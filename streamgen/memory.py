@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from streamgen.building import build_policy, call_frames
 from streamgen.cache.positions import OWN_NUMBERS
 from streamgen.cache.store import ROTATED_AT_ONCE, Geometry, KVStore
 from streamgen.config import StreamConfig, available, check_choice, suggest
@@ -28,7 +29,6 @@ from streamgen.models.codecs.base import LATENTS_PER_CALL
 from streamgen.models.codecs.tiled import spans
 from streamgen.models.geometry import CodecGeometry, ModelGeometry, TransformerGeometry, read_geometry
 from streamgen.models.rope import RotaryEmbedding
-from streamgen.rollout import build_policy, recache_frames
 from streamgen.schedules import lanes
 
 __all__ = ["CODECS", "Estimate", "Way", "describe_model", "device_memory", "estimate", "ways_to_fit"]
@@ -129,6 +129,9 @@ def estimate(
 ) -> Estimate:
     """What one stream of this model needs.
 
+    Switches of another mode than `switch.mode` are not in it: the first re-encoding ("recache") where that is not the
+    mode makes room for up to `cache.window` frames more in every cache.
+
     Args:
         height, width: of the picture, on the model's grid.
         batch: samples of the stream, side by side.
@@ -156,17 +159,14 @@ def estimate(
 
     chunk, engine = config.chunk.largest, Engine(None, config)
     total = config.chunk.whole(latent_frames or CLIP_FRAMES)
-    flight, recached = engine.flight_frames, recache_frames(config, total)
+    flight = engine.flight_frames
     rows = len(lanes(engine.schedule, engine.steps, config.chunk.count(total)))  # in one call, each with a cache
     policy = build_policy(config, flight, total)
-    pages = policy.pages
-    store = _store(net, latents, sequences, pages, max(flight, recached), resolve_dtype(dtype), policy.aside)
+    pages, call = policy.pages, call_frames(config, policy, flight, total)
+    store = _store(net, latents, sequences, pages, call, resolve_dtype(dtype), policy.aside)
 
-    # a switch of mode "recache" runs the whole window in one call; otherwise a call is what is in flight, or made anew
-    recaching = config.switch.mode == "recache"
-    call = max(flight, recached if recaching else 0, policy.rebuilt)
-    absolute = config.positions.rule == "absolute"
-    stale = pages if recaching or not absolute else min(pages, chunk)
+    stays = config.positions.rule == "absolute" and config.switch.mode != "recache"  # a key is turned once
+    stale = min(pages, chunk) if stays else pages
     endless = config.cache.window != -1
     counting = config.positions.rule in OWN_NUMBERS
     seen = (2**62 if endless else total) if counting else pages + chunk  # frames of different positions, as queries

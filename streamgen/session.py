@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from streamgen.config import SWITCH_MODES, ChunkConfig, check_choice, check_next_prompt
-from streamgen.engine import Engine, LatentChunk, pad_rows
+from streamgen.engine import Engine, pad_rows
 from streamgen.errors import BrokenStreamError, InputError
+from streamgen.flight import LatentChunk
 from streamgen.models.codecs import Codec
 from streamgen.noise import SeededNoise
 from streamgen.schedules import begins, until_emission

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from streamgen.building import build_policy
 from streamgen.cache.plan import Plan
 from streamgen.cache.rebuild import Rebuild
 from streamgen.engine import Engine
 from streamgen.errors import InputError
-from streamgen.rollout import build_policy
 from streamgen.schedules import HORIZON, Call, OpKind, Row, clean_call, lanes
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from streamgen.cache.options import WindowOptions
 from streamgen.cache.plan import Write
-from streamgen.cache.policies import Sizes, WindowOptions, WindowPolicy, register_policy
+from streamgen.cache.policies import Sizes, WindowPolicy, register_policy
 from streamgen.cache.rebuild import Rebuild
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError

@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from streamgen.cache.options import WindowOptions, keeps_numbers, needs_own_commits
 from streamgen.cache.plan import Choose, Plan, Segment
-from streamgen.cache.policies import (
-    Pages,
-    Sizes,
-    WindowOptions,
-    WindowPolicy,
-    keeps_numbers,
-    needs_own_commits,
-    register_policy,
-)
+from streamgen.cache.policies import Pages, Sizes, WindowPolicy, register_policy
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError
 from streamgen.schedules import Call, CallKind, Row

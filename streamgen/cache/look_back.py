@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from streamgen.cache.options import WindowOptions, rule_for_parts
 from streamgen.cache.plan import FLIGHT, Group, Plan, Segment
-from streamgen.cache.policies import Sizes, WindowOptions, WindowPolicy, register_policy, rule_for_parts
+from streamgen.cache.policies import Sizes, WindowPolicy, register_policy
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError
 from streamgen.schedules import Call, Row, Slot, SlotOp

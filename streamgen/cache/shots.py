@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streamgen.cache.context import check_packed
+from streamgen.cache.options import WindowOptions, needs_own_commits
 from streamgen.cache.plan import Group, Plan, Write
-from streamgen.cache.policies import Pages, Sizes, WindowOptions, WindowPolicy, needs_own_commits, register_policy
+from streamgen.cache.policies import Pages, Sizes, WindowPolicy, register_policy
 from streamgen.cache.positions import Seen, packed
 from streamgen.cache.rebuild import Rebuild
 from streamgen.config import StreamConfig

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from streamgen.cache import content
 from streamgen.cache.plan import FLIGHT, Fold, Group, Merge, Plan, Record, Segment, Write
-from streamgen.errors import InputError
 from streamgen.kernels.attention import attend
 from streamgen.kernels.rope import rotate
 from streamgen.models.blocks import TextKeys, widen
@@ -70,17 +69,30 @@ class KVStore:
             )
             for name, n in (aside or {}).items()
         }
-        self._forget_views()
+        self._make_views()
 
-    def _forget_views(self) -> None:
+    def _make_views(self) -> None:
         """Per-layer views, made once: slicing costs microseconds, and there are layers × calls of it."""
         self.layer_rotated, self.layer_values = self.rotated.unbind(0), self.values.unbind(0)
         self.layer_keys = self.keys.unbind(0)
 
+    def reserve(self, frames: int) -> None:
+        """Make room for calls of so many frames; an exception (out of memory) leaves what the store holds as it was."""
+        if frames <= self.flight:
+            return
+        for name in ("keys", "values", "rotated"):  # one after the other: each is held twice for a moment
+            old = getattr(self, name)
+            if old.shape[2] < self.pages + frames:  # otherwise an earlier attempt got this far
+                new = old.new_zeros(*old.shape[:2], self.pages + frames, *old.shape[3:])
+                new[:, :, : old.shape[2]] = old
+                setattr(self, name, new)
+                self._make_views()
+        self.flight = frames
+
     @property
     def nbytes(self) -> int:
-        beside = (*self.sums.values(), *self.aside.values())
-        return 3 * self.keys.numel() * self.keys.element_size() + sum(t.numel() * t.element_size() for t in beside)
+        held = (self.keys, self.values, self.rotated, *self.sums.values(), *self.aside.values())
+        return sum(t.numel() * t.element_size() for t in held)
 
     def rotate_pages(self, rope: RotaryEmbedding, wanted: dict[int, tuple]) -> None:
         """Bring the rotated copy of these pages to (position, phase), or as FIXED and TIMED have it."""
@@ -190,7 +202,7 @@ class KVStore:
         other.keys, other.values, other.rotated = self.keys.clone(), self.values.clone(), self.rotated.clone()
         other.angles, other.sums = list(self.angles), dict(self.sums)
         other.aside = {name: tensor.clone() for name, tensor in self.aside.items()}
-        other._forget_views()
+        other._make_views()
         return other
 
     def state_dict(self) -> dict:
@@ -270,14 +282,14 @@ class _BoundGroup:
         g, device = store.geometry, store.keys.device
         self.store, self.group, self.watch = store, group, watch
         self.cos, self.sin = rope.angles(
-            list(group.query_positions), g.height, g.width, _phases(group.query_phases), device
+            list(group.query_positions), g.height, g.width, shared_phase(group.query_phases), device
         )
         flight = [s for s in group.segments if s.region == FLIGHT]
         self.own = [i for s in flight for i in s.pages]
         own_positions = [p for s in flight for p in s.positions]
         phases = [s.phase for s in flight for _ in s.pages]
         self.same = self.own == list(group.query_frames) and own_positions == list(group.query_positions)
-        self.same = self.same and _phases(phases) == _phases(group.query_phases)
+        self.same = self.same and shared_phase(phases) == shared_phase(group.query_phases)
         if not self.same:
             self.key_cos, self.key_sin = rope.angles(own_positions, g.height, g.width, phases, device)
         routed = group.route.regions if group.route else ()
@@ -341,7 +353,7 @@ class _BoundGroup:
         return pages.flatten(1, 2)
 
 
-def _phases(phases: Sequence[float]) -> float | list[float]:
+def shared_phase(phases: Sequence[float]) -> float | list[float]:
     """One number where frames share it: such tables are kept."""
     return list(phases) if len(set(phases)) > 1 else phases[0] if phases else 0.0
 
@@ -360,101 +372,3 @@ def _token_bias(group: Group, store: KVStore, ordered: list[int], device) -> Ten
         bias.update({offset + page: segment.log_bias for page in segment.pages})
     per_page = torch.tensor([bias[page] for page in ordered], dtype=store.keys.dtype, device=device)
     return per_page.repeat_interleave(store.geometry.tokens_per_frame)[None]
-
-
-class GraphStore:
-    """Pages for training: published tensors are kept, never overwritten, so gradients flow through the cache.
-
-    A context remembers the very tensors it was bound to, so a recompute under activation checkpointing reads what the
-    first pass read; a tensor changed in place meanwhile is refused.
-    """
-
-    def __init__(self, geometry: Geometry) -> None:
-        self.geometry = geometry
-        self.layers: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(geometry.layers)]
-
-    def publish(self, plan: Plan, context: GraphContext, text: TextKeys | None = None) -> None:
-        for fold in plan.folds:
-            for pages in self.layers:
-                blend = (torch.lerp(new, old, fold.decay) for new, old in zip(pages[fold.source], pages[fold.target]))
-                pages[fold.target] = tuple(blend)
-        self._write(plan.writes, context)
-
-    def stage(self, plan: Plan, context: GraphContext) -> None:
-        self._write(plan.stages, context)
-
-    def _write(self, writes: Sequence[Write], context: GraphContext) -> None:
-        for layer, (key, value) in context.staged.items():
-            tokens = self.geometry.tokens_per_frame
-            keys, values = (t.unflatten(1, (-1, tokens)) for t in (key, value))
-            for write in writes:
-                self.layers[layer][write.page] = (keys[:, write.index], values[:, write.index])
-
-    def bind(self, plan: Plan, rope: RotaryEmbedding) -> GraphContext:
-        if plan.by_content:
-            raise InputError(
-                "what this cache keeps is chosen by content, which no gradient passes: stream without gradients, or "
-                "use cache.policy=window"
-            )
-        return GraphContext(self, plan, rope)
-
-    def fork(self) -> GraphStore:
-        """An independent copy with the same past: gradients of both reach it."""
-        other = GraphStore(self.geometry)
-        other.layers = [dict(pages) for pages in self.layers]
-        return other
-
-
-class GraphContext:
-    """Self-attention of one forward over a `GraphStore`, differentiable."""
-
-    def __init__(self, store: GraphStore, plan: Plan, rope: RotaryEmbedding) -> None:
-        self.plan = plan
-        self.groups = [_GraphGroup(store, group, rope) for group in plan.groups]
-        self.versions = [self._versions(layer) for layer in range(store.geometry.layers)]
-        self.staged: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def _versions(self, layer: int) -> list[tuple[int, int]]:
-        return [(k._version, v._version) for group in self.groups for k, v in group.past[layer]]
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self.versions[layer] != self._versions(layer):
-            raise RuntimeError(
-                "the cache changed in place between a forward and its recompute: gradients would be those of another "
-                "history; run backward before changing cached tensors"
-            )
-        self.stage(layer, key, value)
-        outputs = [group.attend(layer, query, key, value) for group in self.groups]
-        return in_order(outputs, [group.query_frames for group in self.plan.groups])
-
-    def stage(self, layer: int, key: Tensor, value: Tensor) -> None:
-        if self.plan.publishes or self.plan.stages:
-            self.staged.setdefault(layer, (key, value))  # the first pass counts, not its recompute
-
-
-class _GraphGroup:
-    """One group of a plan over the tensors that were published when it was bound."""
-
-    def __init__(self, store: GraphStore, group: Group, rope: RotaryEmbedding) -> None:
-        g = store.geometry
-        self.group, self.tokens = group, g.tokens_per_frame
-        cached = [s for s in group.segments if s.region != FLIGHT]
-        flight = [s for s in group.segments if s.region == FLIGHT]
-        self.own = [i for s in flight for i in s.pages]
-        self.past = [[layer[page] for s in cached for page in s.pages] for layer in store.layers]
-        self.queries = rope.angles(list(group.query_positions), g.height, g.width, _phases(group.query_phases))
-        positions = [p for s in (*cached, *flight) for p in s.positions]
-        phases = [s.phase for s in (*cached, *flight) for _ in s.pages]
-        self.keys = rope.angles(positions, g.height, g.width, _phases(phases))
-        biases = [s.log_bias for s in (*cached, *flight) for _ in s.pages]
-        self.bias = torch.tensor(biases).repeat_interleave(self.tokens)[None] if any(biases) else None
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query = take_frames(query, self.group.query_frames, self.tokens)
-        key, value = (take_frames(x, self.own, self.tokens) for x in (key, value))
-        keys = torch.cat([*(k for k, _ in self.past[layer]), key], 1)
-        values = torch.cat([*(v for _, v in self.past[layer]), value], 1)
-        query = rotate(query, *(t.to(query.device) for t in self.queries))
-        keys = rotate(keys, *(t.to(query.device) for t in self.keys))
-        mask = None if self.bias is None else self.bias.to(query)
-        return attend(query, keys, values, mask=mask)

@@ -8,8 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from streamgen.cache import GraphStore, Group, KVStore, Plan, Segment, Sizes, WindowPolicy, Write
+from streamgen.cache.options import WindowOptions
 from streamgen.cache.plan import FLIGHT
-from streamgen.cache.policies import POLICIES, WindowOptions
+from streamgen.cache.policies import POLICIES
 from streamgen.cache.store import Geometry
 from streamgen.config import load_preset
 from streamgen.engine import Engine

@@ -4,10 +4,10 @@
 import pytest
 import torch
 
+from streamgen.building import build_policy
 from streamgen.config import available, load_preset
 from streamgen.engine import Engine
 from streamgen.noise import SeededNoise
-from streamgen.rollout import build_policy
 from streamgen.walk import steady_calls, walk
 
 BOUNDED = [name for name in available("presets") if load_preset(name).cache.window != -1]

@@ -405,6 +405,31 @@ def test_recache_is_one_bidirectional_call_at_t0_under_the_new_prompt(tiny, mode
                 torch.testing.assert_close(stored, value[:, frame - redone.start], **FP32)
 
 
+def test_a_stream_that_keeps_its_cache_makes_room_for_a_recache_when_one_comes(tiny, model, embeds, monkeypatch):
+    """Out of memory in the middle of that, the stream is as it was, and the switch can be asked for again."""
+    configs = [tiny.config(*WINDOWED, f"switch.mode={mode}") for mode in ("keep", "recache")]
+    keeps, roomy = (start(Engine(model, config), embeds[0]) for config in configs)
+    assert torch.equal(advance(keeps, 5), advance(roomy, 5))
+    assert (keeps.store.flight, roomy.store.flight) == (3, 12)
+    before, new_zeros, left = keeps.fork(), torch.Tensor.new_zeros, [1]
+
+    def scarce(tensor, *size, **more):
+        if not left:
+            raise torch.OutOfMemoryError("there is room for one tensor")
+        left.pop()
+        return new_zeros(tensor, *size, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.Tensor, "new_zeros", scarce)
+        keeps.switch(embeds[1], "recache")
+    assert keeps.store.keys.shape[2] > keeps.store.values.shape[2] and keeps.epoch == 0
+    assert torch.equal(advance(keeps.fork(), 3), advance(before, 3))
+    for rollout in (keeps, roomy):
+        rollout.switch(embeds[1], "recache")
+    assert torch.equal(advance(keeps, 3), advance(roomy, 3))
+    assert keeps.store.nbytes == roomy.store.nbytes
+
+
 def test_i10_after_a_recache_no_visible_key_is_zero(tiny, model, embeds):
     for done in range(1, 8):
         rollout = start(Engine(model, tiny.config(*WINDOWED)), embeds[0])
@@ -512,8 +537,8 @@ def test_fingerprint_tells_weights_apart(tiny, model):
 def held(rollout) -> tuple[int, ...]:
     """Everything of a roll-out that could grow."""
     lists = (
-        rollout.flight, rollout.pending, rollout.owed, rollout.ready, rollout.past, rollout._plans, rollout._due,
-        rollout.engine.records, rollout.store.sums,
+        rollout.flight, rollout.pending, rollout.owed, rollout.ready, rollout.past, rollout._due,
+        rollout.engine.records, rollout.store.sums, *(cache.plans for cache in rollout.caches.values()),
     )  # fmt: skip
     return (rollout.store.nbytes, *map(len, lists), *(f.x.untyped_storage().nbytes() for f in rollout.past))
 

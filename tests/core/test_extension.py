@@ -19,7 +19,8 @@ STEPS = "ladder.timesteps=[1000,700,400]"
 
 SHORT = '''
 import streamgen
-from streamgen.cache.policies import WindowOptions, WindowPolicy
+from streamgen.cache.options import WindowOptions
+from streamgen.cache.policies import WindowPolicy
 from streamgen.schedules import JointSchedule, ScheduleOptions
 
 

@@ -600,8 +600,8 @@ def test_presets_that_hold_cost_what_their_schedules_say(capsys):
     rows = {line.split()[0]: re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()}
     shown = {name: rows[name][1:8] for name in ("ar-diffusion", "skyreels-df", "magi")}
     assert shown == {
-        "ar-diffusion": ["held-causal +5", "flight 16", "packed", "50", "15", "5", "80"],
-        "skyreels-df": ["held +5", "flight 25", "packed", "30", "20", "11.25", "281.25"],
+        "ar-diffusion": ["held-causal +5", "flight 16", "packed", "50", "0", "5", "80"],
+        "skyreels-df": ["held +5", "flight 25", "packed", "30", "0", "11.25", "281.25"],
         "magi": ["joint-causal +4", "flight 30", "absolute", "16", "24", "4", "102"],
     }
     assert main(["presets", "show", "skyreels-df", "--ticks", "12"]) == 0

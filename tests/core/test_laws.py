@@ -10,10 +10,10 @@ from functools import cache, cached_property
 
 import pytest
 
+from streamgen.building import build_policy
 from streamgen.cache.plan import FLIGHT
 from streamgen.config import available, load_preset
 from streamgen.engine import Engine
-from streamgen.rollout import build_policy
 from streamgen.schedules import Lane, OpKind, SlotOp
 from streamgen.walk import PlannedCall, walk
 

@@ -171,6 +171,10 @@ def test_fp8_weights_are_one_byte_per_matrix_entry():
     [
         ("self-forcing", [], 12, 1),  # keeps everything, re-encodes nothing
         ("self-forcing", ["switch.mode=recache"], 12, 1),
+        ("self-forcing", ["cache.window=9", "switch.mode=recache"], None, 1),
+        ("rolling-forcing", [], None, 1),
+        ("krea", [], None, 1),  # makes its context anew
+        ("streamdit", [], None, 1),  # publishes nothing
         ("self-forcing", ["cache.window=9", "chunk.latent_frames=1"], None, 2),
         ("default", ["cache.window=12", "guidance.scale=3"], None, 2),
     ],
@@ -183,6 +187,12 @@ def test_cache_and_text_keys_are_the_bytes_that_are_allocated(preset, overrides,
     (keys,) = rollout.text.keys
     assert found.text_keys == held({t.untyped_storage().data_ptr(): t for t in (*keys.keys, *keys.values)}.values())
     assert found.frames_in_cache == rollout.store.keys.shape[2]
+
+
+@pytest.mark.parametrize("name", ["streamdit", "ar-diffusion", "skyreels-df"])
+def test_what_publishes_nothing_keeps_nothing(name):
+    config = load_preset(name)
+    assert estimate(small(), config, HEIGHT, WIDTH).frames_in_cache == Engine(None, config).flight_frames
 
 
 def test_every_expert_has_a_cache():
@@ -225,7 +235,7 @@ def test_a_forward_takes_what_is_told(dtype, sizes):
 
 
 def _next_call(rollout):
-    """What the schedule does next, as `_bind` takes it."""
+    """What the schedule does next, as a cache binds it."""
     tick = next(rollout.engine.schedule.ticks(rollout.engine.steps, None, rollout.next_chunk))
     (call,) = tick.calls
     frames = range(rollout.next_frame, rollout.next_frame + 3)
@@ -243,7 +253,8 @@ def test_turning_keys_takes_what_is_told(dtype, rule):
             rollout.advance()
         rollout.commit()
         with Live() as live:
-            rollout._bind(*_next_call(rollout), 0)
+            (cache,) = rollout.caches.values()
+            cache.bind(*_next_call(rollout), 0, rollout.engine.transformer.rope)
     assert estimate(geometry, config, HEIGHT, WIDTH, dtype=dtype).rotation == near(live.peak)
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from streamgen.building import build_policy
 from streamgen.config import available, load_preset, merge
 from streamgen.engine import Engine
 from streamgen.errors import InputError
 from streamgen.hub import ModelConfig, model_config, stream_config
 from streamgen.noise import SeededNoise
-from streamgen.rollout import build_policy
 from streamgen.schedules import OpKind
 
 NAMES = available("presets")

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamgen.building import build_policy
 from streamgen.cache import BankPolicy, Fold, KVStore, Plan, Sizes, WindowPolicy
 from streamgen.cache.bank import BankOptions
+from streamgen.cache.options import WindowOptions
 from streamgen.cache.plan import FLIGHT, Group, Route, Segment
-from streamgen.cache.policies import WindowOptions
 from streamgen.cache.store import Geometry
 from streamgen.config import (
     BankConfig,
@@ -29,7 +30,6 @@ from streamgen.engine import Engine
 from streamgen.errors import InputError
 from streamgen.models.blocks import TextKeys
 from streamgen.models.rope import RotaryEmbedding
-from streamgen.rollout import build_policy
 from streamgen.schedules import SCHEDULES, Call, CallKind, Row, ScheduleOptions, Slot, SlotOp, clean_call
 
 

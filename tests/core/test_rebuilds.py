@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from streamgen.cache import KVStore
 from streamgen.cache.bank import BankOptions
+from streamgen.cache.options import WindowOptions
 from streamgen.cache.plan import FLIGHT, Group, Plan, Route, Segment
-from streamgen.cache.policies import WindowOptions
 from streamgen.cache.rebuild import Rebuild, attenuated, block_causal
 from streamgen.cache.shots import share, spread
 from streamgen.cache.store import Geometry
