@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from streamgen.cache.options import WindowOptions, needs_own_commits
 from streamgen.cache.plan import Plan, Write
-from streamgen.cache.policies import Pages, Sizes, WindowPolicy, register_policy
+from streamgen.cache.policies import Pages, Sizes, WindowPolicy, needs_solo, register_policy
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError
 from streamgen.schedules import Call, CallKind, Row
@@ -71,11 +71,8 @@ class AnchorPolicy(WindowPolicy):
                 f"positions.span={options.span} leaves {max(0, room)} positions beside cache.window={options.window} "
                 f"and cache.sink={options.sink}"
             )
-        if options.anchor_every and sizes.flight > sizes.chunk:
-            raise InputError(
-                "cache.anchor_every lets a chunk read its own earlier steps, for which it must be alone in flight: "
-                "use schedule.coupling=solo"
-            )
+        if options.anchor_every:
+            needs_solo(sizes, "cache.anchor_every lets a chunk read its own earlier steps")
         self.anchors: tuple[Anchor, ...] = ()
         self.since = options.anchor_switch  # the newest switch, as asked for
         self.captures: tuple[int, ...] = ()  # switches whose first chunks are not yet committed

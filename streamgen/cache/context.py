@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from streamgen.cache.options import WindowOptions
 from streamgen.cache.plan import Write
-from streamgen.cache.policies import Sizes, WindowPolicy, register_policy
+from streamgen.cache.policies import Sizes, WindowPolicy, needs_solo, register_policy
 from streamgen.cache.rebuild import Rebuild
 from streamgen.config import StreamConfig
 from streamgen.errors import InputError
@@ -60,11 +60,7 @@ class RebuildPolicy(WindowPolicy):
 
     def __init__(self, options: RebuildOptions, sizes: Sizes) -> None:
         super().__init__(options, sizes)
-        if sizes.flight > sizes.chunk:
-            raise InputError(
-                "cache.policy=rebuild makes its context anew between chunks, for which one must be alone in flight: "
-                "use schedule.coupling=solo"
-            )
+        needs_solo(sizes, "cache.policy=rebuild makes its context anew between chunks")
         if self.rebuilt < 1:
             raise InputError(
                 f"cache.window={options.window} leaves a chunk of {sizes.chunk} frames no context: raise cache.window"

@@ -39,6 +39,12 @@ class Sizes:
     published: bool = True
 
 
+def needs_solo(sizes: Sizes, cause: str) -> None:
+    """Raises InputError where chunks are in flight together, which `cause` cannot do with."""
+    if sizes.flight > sizes.chunk:
+        raise InputError(f"{cause}, for which one must be alone in flight: use schedule.coupling=solo")
+
+
 class CachePolicy(Protocol):
     """What `register_policy` takes: `cls(options, sizes)`. Inherit from it: what has a default here may be left out.
 

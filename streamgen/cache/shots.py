@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from streamgen.cache.context import check_packed
 from streamgen.cache.options import WindowOptions, needs_own_commits
 from streamgen.cache.plan import Group, Plan, Write
-from streamgen.cache.policies import Pages, Sizes, WindowPolicy, register_policy
+from streamgen.cache.policies import Pages, Sizes, WindowPolicy, needs_solo, register_policy
 from streamgen.cache.positions import Seen, packed
 from streamgen.cache.rebuild import Rebuild
 from streamgen.config import StreamConfig
@@ -89,11 +89,7 @@ class ShotPolicy(WindowPolicy):
 
     def __init__(self, options: ShotOptions, sizes: Sizes) -> None:
         super().__init__(options, sizes)
-        if sizes.flight > sizes.chunk:
-            raise InputError(
-                "cache.policy=shots begins a shot between chunks, for which one must be alone in flight: use "
-                "schedule.coupling=solo"
-            )
+        needs_solo(sizes, "cache.policy=shots begins a shot between chunks")
         self.pictures = options.pixels
         self.rule = self._positions
         self.shot, self.start = 0, 0  # the present one's number and first frame
