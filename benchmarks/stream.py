@@ -58,7 +58,7 @@ def steady(pipe, prompt: str, frames: int, options: dict) -> dict:
     stages: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder, pipe.stream(prompt, seed=0, **options) as stream:
         timed = Timed(stream.engine.transformer)
-        stream.engine.experts = (timed,)
+        stream.engine.forward.experts = (timed,)
         with open_sink(Path(folder) / "clip.mp4", fps=REAL_TIME) as sink:
             for _ in range(9):  # until the window is full: warm-up, not counted
                 sink.write(stream.next().frames)

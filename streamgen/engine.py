@@ -43,12 +43,12 @@ class Engine:
 
     def __init__(self, transformer, config: StreamConfig, codec=None, transformer_2=None) -> None:
         self.config, self.codec = config, codec
-        self.experts = (transformer,) if transformer_2 is None else (transformer, transformer_2)
-        if len(self.experts) > 1 and config.experts.boundary is None:
+        experts = (transformer,) if transformer_2 is None else (transformer, transformer_2)
+        self.forward = Forward(experts, self.branches)
+        if len(experts) > 1 and config.experts.boundary is None:
             raise InputError("two transformers need experts.boundary, the timestep below which the second one works")
         self.schedule = self._build_schedule()
         self.ladders = self._build_ladders()
-        self.forward = Forward(self.experts, self.branches)
         self.records: list[CallRecord] = []
         self.tracing = False
         build_policy(config, self.flight_frames, self.flight_frames)  # refuses bad sizes at once
@@ -81,6 +81,11 @@ class Engine:
     def ladder_of(self, chunk: int) -> Ladder:
         """The steps of a chunk; the last listed ladder repeats."""
         return self.ladders[min(chunk, len(self.ladders) - 1)]
+
+    @property
+    def experts(self) -> tuple:
+        """The transformers."""
+        return self.forward.experts
 
     @property
     def transformer(self):
