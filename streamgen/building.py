@@ -43,11 +43,6 @@ def _check(config: StreamConfig, flight_frames: int) -> None:
     if config.schedule.coupling == "joint-causal" and flight_frames > config.chunk.largest:
         if config.cache.window != -1:
             rule_for_parts(config, "schedule.coupling=joint-causal")
-    if config.schedule.coupling == "rows" and config.switch.mode == "recache":
-        raise InputError(
-            "schedule.coupling=rows keeps what noisy steps left, which switch.mode=recache cannot renew by a clean "
-            "pass: use switch.mode=keep, cut or reset"
-        )
     branch = config.guidance.commit_branch
     if branch != "own" and config.schedule.commit == "inplace":
         raise InputError(
@@ -64,8 +59,6 @@ def _check(config: StreamConfig, flight_frames: int) -> None:
 
 def recache_frames(config: StreamConfig, total_frames: int | None) -> int:
     """Most frames a re-encoding call may hold: finished latents that are kept for it."""
-    if config.schedule.coupling == "rows":
-        return 0  # a clean pass cannot renew what noisy ones left
     if config.cache.window != -1:
         return config.cache.window
     return total_frames if config.switch.mode == "recache" else 0

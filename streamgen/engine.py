@@ -113,7 +113,11 @@ class Engine:
     @property
     def flight_frames(self) -> int:
         """Latent frames that are denoised at once, at most."""
-        return self.schedule.in_flight(self.steps) * self.config.chunk.largest
+        return self.frames_in_flight()
+
+    def frames_in_flight(self, chunks: int | None = None) -> int:
+        """The same of a stream of so many chunks."""
+        return self.schedule.in_flight(self.steps, chunks) * self.config.chunk.largest
 
     @property
     def chunks_in_flight(self) -> int:

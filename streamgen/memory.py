@@ -143,13 +143,7 @@ def estimate(
         tile: latents per side beyond which frames are decoded in tiles, as `streamgen.load` takes it.
     Raises: InputError for sizes off the grid, an unknown codec, or a configuration that cannot run.
     """
-    check_choice("codec", codec, CODECS)
-    size = resolve_dtype(dtype).itemsize
-    decoder = geometry.codec
-    if codec == "tiny" and decoder.kind == "wan":
-        decoder = replace(decoder, kind="tiny")
-    elif codec == "tiny":
-        raise InputError(f"codec=tiny stands in for Wan's decoders; this model has one of kind {decoder.kind!r}")
+    size, decoder = resolve_dtype(dtype).itemsize, _decoder(geometry, codec)
     latents = geometry.latent_size(height, width)
     rows, columns = (spans(side, tile, max(1, tile // 4)) if tile else [range(side)] for side in latents)
     positions = batch * sum(map(len, rows)) * sum(map(len, columns))  # of all tiles: every one is a stream
@@ -160,7 +154,7 @@ def estimate(
     chunk, engine = config.chunk.largest, Engine(None, config)
     total = config.chunk.whole(latent_frames or CLIP_FRAMES)
     flight = engine.flight_frames
-    rows = len(lanes(engine.schedule, engine.steps, config.chunk.count(total)))  # in one call, each with a cache
+    together = len(lanes(engine.schedule, engine.steps, config.chunk.count(total)))  # rows of a call, a cache each
     policy = build_policy(config, flight, total)
     pages, call = policy.pages, call_frames(config, policy, flight, total)
     store = _store(net, latents, sequences, pages, call, resolve_dtype(dtype), policy.aside)
@@ -178,20 +172,31 @@ def estimate(
         text_encoder=geometry.text_encoder.parameters * size,
         image_encoder=geometry.image_encoder.parameters * size if geometry.image_encoder else 0,
         codec=decoder.parameters * size,
-        cache=geometry.experts * rows * store.nbytes,
+        cache=geometry.experts * together * store.nbytes,
         text_keys=geometry.experts * 2 * sequences * read * net.dim * net.num_layers * size,
         tables=geometry.experts * tables * flight * tokens * net.attention_head_dim * 4,
         codec_state=state,
         runtime=RUNTIME.get(device, RUNTIME["cpu"]),
         encoding=_encoding_bytes(geometry, size),
         forward=_forward_bytes(
-            net, rows * sequences * call * tokens, sequences * max(pages, call) * tokens, size, device
+            net, together * sequences * call * tokens, sequences * max(pages, call) * tokens, size, device
         ),
         rotation=_rotation_bytes(stale * store.keys.nbytes // (pages + store.flight), net.num_layers, size),
         decoding=_decoding_bytes(decoder, at_once, batch * latents[0] * latents[1], chunk, size) + state,
-        frames_in_cache=rows * (pages + store.flight),
+        frames_in_cache=together * (pages + store.flight),
         tokens_per_frame=tokens,
     )
+
+
+def _decoder(geometry: ModelGeometry, codec: str) -> CodecGeometry:
+    """The decoder that is used. Raises InputError where there is no tiny one."""
+    check_choice("codec", codec, CODECS)
+    own = geometry.codec
+    if codec == "wan":
+        return own
+    if own.kind != "wan":
+        raise InputError(f"codec=tiny stands in for Wan's decoders; this model has one of kind {own.kind!r}")
+    return replace(own, kind="tiny")
 
 
 def _store(

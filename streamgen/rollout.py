@@ -28,6 +28,7 @@ from streamgen.source import Source
 if TYPE_CHECKING:
     from streamgen.engine import Engine
 
+
 class Rollout:
     """Runs the ticks of one stream. Everything between two chunks is explicit state: see `state_dict`."""
 
@@ -44,7 +45,7 @@ class Rollout:
         self.num_latent_frames = num_latent_frames
         chunk = engine.config.chunk
         self.num_chunks = None if num_latent_frames is None else chunk.count(num_latent_frames)
-        self.flight_frames = engine.schedule.in_flight(engine.steps, self.num_chunks) * chunk.largest
+        self.flight_frames = engine.frames_in_flight(self.num_chunks)
         check_experts(engine.config, len(engine.experts))
         self.caches = {lane: self._new_cache() for lane in lanes(engine.schedule, engine.steps, self.num_chunks)}
         check_span(engine.config, self.policy)
@@ -147,6 +148,8 @@ class Rollout:
         return LaneCache(policy, [build_store(expert, policy, *sizes) for expert in engine.experts])
 
     def _recache_frames(self) -> int:
+        if any(lane.level is not None for lane in self.caches):
+            return 0  # a clean pass cannot renew what every step of a ladder left in a cache of its own
         return recache_frames(self.engine.config, self.num_latent_frames)
 
     # ------------------------------------------------------------------------------------------- running
@@ -198,9 +201,7 @@ class Rollout:
 
     def _operate(self, op: Op) -> Work:
         """What comes before a tick's calls; a tick that is tried again does it once."""
-        if op.chunk < self.next_entry and op.kind is OpKind.BEGIN:
-            return
-        if op.kind is OpKind.BEGIN:
+        if op.kind is OpKind.BEGIN and op.chunk >= self.next_entry:
             yield from self._begin(op.chunk)
         elif op.kind is OpKind.CLONE:
             source, *others = op.lanes

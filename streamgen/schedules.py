@@ -305,6 +305,11 @@ class RowsOptions(ScheduleOptions):
 
     @classmethod
     def from_config(cls, config: StreamConfig) -> RowsOptions:
+        if config.switch.mode == "recache":
+            raise InputError(
+                "schedule.coupling=rows keeps what noisy steps left, which switch.mode=recache cannot renew by a clean "
+                "pass: use switch.mode=keep, cut or reset"
+            )
         return cls(config.schedule.stagger, config.schedule.commit, config.schedule.clone)
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from streamgen.building import build_policy
+from streamgen.cache import CachePolicy
 from streamgen.cache.plan import Plan
 from streamgen.cache.rebuild import Rebuild
 from streamgen.engine import Engine
 from streamgen.errors import InputError
-from streamgen.schedules import HORIZON, Call, OpKind, Row, clean_call, lanes
+from streamgen.schedules import HORIZON, Call, Op, OpKind, Row, Tick, clean_call, lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,69 +53,93 @@ def walk(engine: Engine, chunks: int | None = None, switches: Sequence[int] = ()
         chunks: None = endless.
         switches: latent frames at which a new prompt is asked for; `switch.mode` says what that does to the cache.
     """
-    config, chunk, due = engine.config, engine.config.chunk, sorted(switches)
-    if due and config.switch.mode == "reset":
+    if switches and engine.config.switch.mode == "reset":
         raise InputError("switch.mode=reset begins a new stream, walked like the first: use keep, recache or cut")
-    flight = engine.schedule.in_flight(engine.steps, chunks) * chunk.largest
-    total = chunk.frames(chunks - 1).stop if chunks else None
-    new = lambda: build_policy(config, flight, total)
-    policies = {lane: new() for lane in lanes(engine.schedule, engine.steps, chunks)}
-    pending: list[tuple[int, Call]] = []  # commits that run before the next tick
-    owed: tuple[int, ...] = ()  # finished, published by the next call
+    yield from _Walk(engine, chunks, switches).run()
 
-    def parts(row: Row) -> tuple[range, ...]:
-        return tuple(chunk.frames(slot.chunk) for slot in row.slots)
 
-    def clean(
-        tick: int, call: Call, frames: tuple[range, ...] | None = None, rebuilt: bool = False
-    ) -> Iterator[PlannedCall]:
-        row = call.rows[0]
-        policy, spans = policies[row.lane], parts(row) if frames is None else frames
-        plan = policy.plan(call, row, spans)
-        policy.commit([frame for span in spans for frame in span])
-        if plan.publishes:  # otherwise nobody would read it
-            yield PlannedCall(tick, call, row, spans, plan, rebuilt=rebuilt)
+class _Walk:
+    """A stream between its calls: a policy per lane, prompts to come, and the commits that are owed."""
 
-    def again(tick: int, wanted: Rebuild | None, rebuilt: bool = False) -> Iterator[PlannedCall]:
-        if wanted is not None:
-            yield from clean(tick, wanted.call(chunk.holding, engine.steps), wanted.parts, rebuilt)
+    def __init__(self, engine: Engine, chunks: int | None, switches: Sequence[int]) -> None:
+        self.engine, self.config, self.chunk, self.chunks = engine, engine.config, engine.config.chunk, chunks
+        self.policies = {lane: self._policy() for lane in lanes(engine.schedule, engine.steps, chunks)}
+        self.due = sorted(switches)
+        self.pending: list[tuple[int, Call]] = []  # commits that run before the next tick
+        self.owed: tuple[int, ...] = ()  # finished, published by the next call
 
-    def switch(tick: int, first: int, requested: int) -> Iterator[PlannedCall]:
-        for index in owed:
-            yield from clean(tick, clean_call((index,), engine.steps))
-        for policy in policies.values():
-            yield from again(tick, policy.rebuild(first, changing=True), rebuilt=True)
-            frames = policy.switch(config.switch.mode, requested)
-            yield from again(tick, None if frames is None else Rebuild(tuple(frames)))
-            policy.switched(config.switch.mode, requested)
+    def _policy(self) -> CachePolicy:
+        total = self.chunk.frames(self.chunks - 1).stop if self.chunks else None
+        return build_policy(self.config, self.engine.frames_in_flight(self.chunks), total)
 
-    for tick in engine.schedule.ticks(engine.steps, chunks):
-        for index, call in pending:
-            yield from clean(index, call)
-        for op in tick.ops:
-            asked = [frame for frame in due if op.kind is OpKind.BEGIN and frame <= chunk.frames(op.chunk).start]
+    @property
+    def first(self) -> CachePolicy:
+        """The first lane's."""
+        return next(iter(self.policies.values()))
+
+    def run(self) -> Iterator[PlannedCall]:
+        for tick in self.engine.schedule.ticks(self.engine.steps, self.chunks):
+            for index, call in self.pending:
+                yield from self._clean(index, call)
+            for op in tick.ops:
+                yield from self._operate(tick.index, op)
+            for call in tick.calls:
+                yield from self._denoise(tick, call)
+            self.pending = [(tick.index, call) for call in tick.commits]
+            self.owed = tick.emits if self.config.schedule.commit == "fused" else ()
+
+    def _operate(self, tick: int, op: Op) -> Iterator[PlannedCall]:
+        if op.kind is OpKind.BEGIN:
+            start = self.chunk.frames(op.chunk).start
+            asked = [frame for frame in self.due if frame <= start]
             if asked:  # of several that fell into one chunk the newest counts
-                yield from switch(tick.index, chunk.frames(op.chunk).start, asked[-1])
-                owed, due = (), due[len(asked) :]
-            if op.kind is OpKind.CLONE:
-                for lane in op.lanes[1:]:
-                    policies[lane] = new()
-                    policies[lane].load_state_dict(policies[op.lanes[0]].state_dict())
-            if op.kind is OpKind.BEGIN:
-                first = next(iter(policies.values()))
-                wanted = first.rebuild(chunk.frames(op.chunk).start, changing=False)
-                yield from again(tick.index, wanted, rebuilt=True)
-        for call in tick.calls:
-            for row in call.rows:
-                row, policy = row.carrying(owed), policies[row.lane]
-                plan = policy.plan(call, row, parts(row))
-                published = row.published(parts(row))
-                if published:
-                    policy.commit(published)
-                last = call is tick.calls[-1] and row.lane == call.rows[-1].lane
-                yield PlannedCall(tick.index, call, row, parts(row), plan, tick.emits if last else ())
-        pending = [(tick.index, call) for call in tick.commits]
-        owed = tick.emits if config.schedule.commit == "fused" else ()
+                yield from self._switch(tick, start, asked[-1])
+                self.owed, self.due = (), self.due[len(asked) :]
+            yield from self._again(tick, self.first.rebuild(start, changing=False), rebuilt=True)
+        elif op.kind is OpKind.CLONE:
+            source, *others = op.lanes
+            for lane in others:
+                self.policies[lane] = self._policy()
+                self.policies[lane].load_state_dict(self.policies[source].state_dict())
+
+    def _denoise(self, tick: Tick, call: Call) -> Iterator[PlannedCall]:
+        for row in call.rows:
+            last = call is tick.calls[-1] and row is call.rows[-1]
+            row, policy = row.carrying(self.owed), self.policies[row.lane]
+            frames = self._frames(row)
+            plan = policy.plan(call, row, frames)
+            published = row.published(frames)
+            if published:
+                policy.commit(published)
+            yield PlannedCall(tick.index, call, row, frames, plan, tick.emits if last else ())
+
+    def _frames(self, row: Row) -> tuple[range, ...]:
+        return tuple(self.chunk.frames(slot.chunk) for slot in row.slots)
+
+    def _clean(
+        self, tick: int, call: Call, frames: tuple[range, ...] | None = None, rebuilt: bool = False
+    ) -> Iterator[PlannedCall]:
+        (row,) = call.rows
+        policy, frames = self.policies[row.lane], self._frames(row) if frames is None else frames
+        plan = policy.plan(call, row, frames)
+        policy.commit([frame for part in frames for frame in part])
+        if plan.publishes:  # otherwise nobody would read it
+            yield PlannedCall(tick, call, row, frames, plan, rebuilt=rebuilt)
+
+    def _again(self, tick: int, wanted: Rebuild | None, rebuilt: bool = False) -> Iterator[PlannedCall]:
+        if wanted is not None:
+            yield from self._clean(tick, wanted.call(self.chunk.holding, self.engine.steps), wanted.parts, rebuilt)
+
+    def _switch(self, tick: int, start: int, requested: int) -> Iterator[PlannedCall]:
+        """`start`: the first frame of the chunk that a prompt takes effect with."""
+        mode = self.config.switch.mode
+        for index in self.owed:
+            yield from self._clean(tick, clean_call((index,), self.engine.steps))
+        yield from self._again(tick, self.first.rebuild(start, changing=True), rebuilt=True)
+        for policy in self.policies.values():
+            frames = policy.switch(mode, requested)
+            yield from self._again(tick, None if frames is None else Rebuild(tuple(frames)))
+            policy.switched(mode, requested)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,12 +62,7 @@ class MergedPolicy(WindowPolicy):
 
     def __init__(self, options: MergedOptions, sizes: Sizes) -> None:
         super().__init__(options, sizes)
-        if self.ring < sizes.chunk:
-            raise InputError(
-                f"cache.policy=merged takes up frames that leave the window, and cache.window={options.window} keeps "
-                f"{self.ring} beside cache.sink {options.sink} and a chunk: give {options.sink + 2 * sizes.chunk} or "
-                "more"
-            )
+        self._needs_ring("cache.policy=merged takes up")
         self.used = 0  # pages of entries that may hold something
 
     @property

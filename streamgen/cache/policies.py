@@ -122,16 +122,22 @@ class WindowPolicy(CachePolicy):
         else:
             self.sink = options.sink
             self.ring = (options.capacity or options.window) - options.sink - sizes.chunk
-        if options.ema_decay is not None and self.ring < sizes.chunk:
-            raise InputError(
-                f"cache.ema_decay folds frames that leave the window, and cache.window={options.window} keeps none "
-                f"beside cache.sink {options.sink}: give {options.sink + 2 * sizes.chunk} or more"
-            )
+        if options.ema_decay is not None:
+            self._needs_ring("cache.ema_decay folds")
         if not sizes.published:
             self.sink = self.ring = 0
         self.base = 0  # the stream frame the sink begins at
         self.frames = 0  # frames committed so far: the next one's number
         self.oldest = 0  # nothing before this frame is read, the sink apart
+
+    def _needs_ring(self, cause: str) -> None:
+        """Raises InputError where no frame ever leaves the window, which `cause` does something with."""
+        options, chunk = self.options, self.sizes.chunk
+        if self.ring < chunk:
+            raise InputError(
+                f"{cause} frames that leave the window, and cache.window={options.window} keeps {self.ring} beside "
+                f"cache.sink {options.sink} and a chunk: give {options.sink + 2 * chunk} or more"
+            )
 
     @property
     def changes_sink(self) -> bool:

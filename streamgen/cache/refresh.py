@@ -61,11 +61,7 @@ class RefreshPolicy(WindowPolicy):
 
     def __init__(self, options: RefreshOptions, sizes: Sizes) -> None:
         super().__init__(options, sizes)
-        if self.ring < sizes.chunk:
-            raise InputError(
-                f"cache.policy=refresh looks at frames that leave the window, and cache.window={options.window} keeps "
-                f"none beside cache.sink {options.sink}: give {options.sink + 2 * sizes.chunk} or more"
-            )
+        self._needs_ring("cache.policy=refresh looks at")
 
     @property
     def changes_sink(self) -> bool:
