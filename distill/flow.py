@@ -20,10 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from streamgen.distill.data import ClipSpec, LatentClips, build_clips, tell, vocabulary
-from streamgen.evaluation.sprites import generate, measure, specified
+from streamgen.evaluation.playing import Strip, play
+from streamgen.evaluation.suites import find_suite
+from streamgen.evaluation.suites.base import Options, mean
+from streamgen.evaluation.suites.scenes import ATTRIBUTES
 from streamgen.hub import assets_root
 from streamgen.ladder import TRAIN_STEPS, warp_timesteps
-from streamgen.media import save_image
+from streamgen.media import contact_sheet, save_image
 from streamgen.models.masks import FrameGroups, block_causal_mask, frame_groups, teacher_forcing_mask
 from streamgen.models.text import TextEncoder, build_tokenizer
 from streamgen.models.transformer import CausalWanTransformer3DModel
@@ -270,14 +273,17 @@ class FlowTrainer:
             self.tokenizer, module["text_encoder"], module["transformer"], codec, model_name="sprites"
         )
 
-    def sample(self, module: nn.ModuleDict, path: Path) -> dict[str, float]:
+    def sample(self, module: nn.ModuleDict, path: Path) -> dict[str, float | None]:
         """Stream a few held-out prompts causally, ask the oracle, and draw one row of frames per prompt."""
-        suite, rows = specified(self.config.samples), []
+        suite = find_suite("short")
+        cases = suite.cases(Options(self.config.samples))
+        judges = [Strip(suite.judge(case), case.num_frames) for case in cases]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            clips = generate(self.pipeline(module), suite.prompts, 81)
-            report = measure(clips, suite, keep=lambda clip: rows.append(np.concatenate(list(clip[::9]), 1)))
-        save_image(path, np.concatenate(rows))
-        return report
+            play(self.pipeline(module), cases, judges)
+        found = [judge.close() for judge in judges]
+        rows, prompts = [np.stack(judge.kept) for judge in judges], [case.prompts[0] for case in cases]
+        save_image(path, contact_sheet(rows, len(rows[0]), prompts))
+        return {name: mean([values[name] for values in found]) for name in ATTRIBUTES}
 
     def export(self, module: nn.ModuleDict, folder: Path, manifest: dict) -> None:
         """A pipeline folder in bfloat16, codec included: `streamgen render --model FOLDER`."""

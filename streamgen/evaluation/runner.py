@@ -21,9 +21,9 @@ from streamgen.errors import BrokenStreamError, InputError, UnavailableError
 from streamgen.evaluation.confusions import count
 from streamgen.evaluation.playing import Strip, play
 from streamgen.evaluation.results import DIGITS, TIMED, Raw, read_raw, slug, write_json
-from streamgen.evaluation.sprites import ATTRIBUTES
 from streamgen.evaluation.suites import find_suite
 from streamgen.evaluation.suites.base import Options, Values
+from streamgen.evaluation.suites.scenes import ATTRIBUTES
 from streamgen.worlds.sprites.renderer import FPS
 
 log = logging.getLogger(__name__)

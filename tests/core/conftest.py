@@ -153,6 +153,12 @@ def _tensor_noise(chunks: int, size: int = 3, batch: int = 1, latent=(4, 4), ste
     return TensorNoise(_draw(*shape, seed=seed), _draw(steps - 1, *shape, seed=seed + 1))
 
 
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """Factories of tiny things: model(), stub(), draw(), noise(), config(); and the oracle, piece by piece."""

@@ -17,10 +17,7 @@ SMALL = {  # with windows that are full after a few chunks
 QUICK = {"ar-diffusion": ["ladder.timesteps=[1000,800,600,400,200]", "schedule.stagger=1"]}  # of fifty steps
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
+from running import latents
 
 from streamgen.cache import DeepPolicy, KVStore, MergedPolicy, Sizes
 from streamgen.cache.deep import DeepOptions
@@ -36,14 +37,7 @@ MERGED = ("tempcache", [STEPS, "cache.window=9", "cache.merged.size=2", "cache.m
 BOTH = pytest.mark.parametrize("preset, overrides", [DEEP, MERGED], ids=["deep", "merged"])
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
-def latents(chunks) -> torch.Tensor:
-    return torch.cat([chunk.latents for chunk in chunks], 2)
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 class Bench:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from running import drain
 
 from streamgen.cli import main
 from streamgen.cli.presets import tick_table
@@ -36,10 +37,7 @@ PIPELINE = [
 CASES = {"sliding": ("ar-diffusion", SLIDING), "segments": ("skyreels-df", SEGMENTS), "magi": ("magi", PIPELINE)}
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def start(engine, embeds, chunks=None, **more):
@@ -47,13 +45,6 @@ def start(engine, embeds, chunks=None, **more):
     return engine.start(
         embeds[0], SeededNoise(0), latent_size=SIZE, num_latent_frames=frames, negative_embeds=embeds[2], **more
     )
-
-
-def drain(rollout) -> torch.Tensor:
-    out = []
-    while not rollout.finished:
-        out.append(rollout.advance().latents)
-    return torch.cat(out, 2)
 
 
 def run(model, embeds, preset: str, overrides, chunks: int, **more) -> torch.Tensor:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from running import SIZE, advance, drain, latents, saved, start
 
 from streamgen.config import load_preset
 from streamgen.engine import Engine
@@ -13,34 +14,11 @@ from streamgen.noise import SeededNoise
 from streamgen.session import Change, Spec, StreamSession
 
 FP32 = dict(atol=5e-5, rtol=1e-4)  # the same sums in calls of other sizes, several chunks deep
-SIZE = (4, 4)
 WINDOW = ["cache.window=15", "cache.sink=3"]
 ROLLING = ["ladder.timesteps=[1000,800,500]", "schedule.stagger=1", "cache.window=15", "cache.sink=3"]
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
-def start(engine, embeds, frames=None, **more):
-    return engine.start(embeds, SeededNoise(0), latent_size=SIZE, num_latent_frames=frames, **more)
-
-
-def latents(chunks) -> torch.Tensor:
-    return torch.cat([chunk.latents for chunk in chunks], 2)
-
-
-def advance(rollout, chunks: int) -> torch.Tensor:
-    return latents([rollout.advance() for _ in range(chunks)])
-
-
-def drain(rollout) -> torch.Tensor:
-    out = []
-    while not rollout.finished:
-        out.append(rollout.advance())
-    return latents(out)
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 # --- equalities
@@ -255,14 +233,6 @@ def case(request, model, embeds):
         return rollout.advance()
 
     return SimpleNamespace(name=request.param, engine=engine, begin=begin, step=step)
-
-
-def saved(rollout) -> dict:
-    """The state after a trip through a file."""
-    file = io.BytesIO()
-    torch.save(rollout.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_a_state_taken_after_any_chunk_goes_on_bit_by_bit(case):

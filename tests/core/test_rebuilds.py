@@ -1,6 +1,5 @@
 """Frames that run once more: before every chunk, at a new shot, sinks at a new prompt; and weights on past keys."""
 
-import io
 import math
 from itertools import islice
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import SIZE, advance, latents, saved, start
 
 from streamgen.cache import KVStore
 from streamgen.cache.bank import BankOptions
@@ -23,29 +23,13 @@ from streamgen.models.rope import RotaryEmbedding
 from streamgen.noise import SeededNoise
 from streamgen.walk import walk
 
-SIZE = (4, 4)
 FP32 = dict(atol=5e-5, rtol=1e-4)  # the same sums in calls of other sizes
 STEPS = "ladder.timesteps=[1000,500]"
 SHORT = ["chunk.latent_frames=1", "cache.window=3", "cache.context.frames=2", "cache.context.phase=0.6", STEPS]
 REFRESH = ["switch.sink=refresh", "switch.mode=recache", "cache.window=12", "cache.sink=3", STEPS]
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
-def start(engine, embeds, frames=None, **more):
-    return engine.start(embeds, SeededNoise(0), latent_size=SIZE, num_latent_frames=frames, **more)
-
-
-def latents(chunks) -> torch.Tensor:
-    return torch.cat([chunk.latents for chunk in chunks], 2)
-
-
-def advance(rollout, chunks: int) -> torch.Tensor:
-    return latents([rollout.advance() for _ in range(chunks)])
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 # --- an oracle without a cache
@@ -556,13 +540,6 @@ class Case:
 @pytest.fixture(scope="module", params=CASES)
 def case(request, model, embeds):
     return Case(request.param, model, embeds)
-
-
-def saved(rollout) -> dict:
-    file = io.BytesIO()
-    torch.save(rollout.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_a_state_goes_on_bit_by_bit_and_a_fork_leaves_no_trace(case, embeds):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from running import drain
 
 from streamgen.cache.positions import Seen, ahead, restart
 from streamgen.config import ChunkConfig, load_preset
@@ -36,10 +37,7 @@ FORMS = {
 form = pytest.mark.parametrize("form", FORMS)
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture
@@ -50,13 +48,6 @@ def engine(tiny, model):
 def start(engine, embeds, chunks=None, seed=0, **more):
     frames = engine.config.chunk.frames(chunks - 1).stop if chunks else None
     return engine.start(embeds, SeededNoise(seed), latent_size=SIZE, num_latent_frames=frames, **more)
-
-
-def drain(rollout, chunks: int = 99) -> torch.Tensor:
-    out = []
-    while not rollout.finished and len(out) < chunks:
-        out.append(rollout.advance().latents)
-    return torch.cat(out, 2)
 
 
 # --- the schedule

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from streamgen.evaluation.sprites import underspecified
 from streamgen.evaluation.suites.base import BIN, Case, Judge, Options, Pieces, Suite, Values, mean, seeds
 from streamgen.evaluation.suites.readings import SIZE_ALIKE, SPEED_ALIKE, close_to, same_actor, visible
+from streamgen.evaluation.suites.scenes import underspecified
 from streamgen.worlds.sprites.language import Actor, Change, Scene, Timeline, omit, sample_scene, split
 from streamgen.worlds.sprites.oracle import Reading, read
 from streamgen.worlds.sprites.renderer import FPS
@@ -36,7 +36,7 @@ def leaving(count: int, side: str, rng: np.random.Generator) -> list[Scene]:
 def identity_cases(options: Options, num_frames: int) -> list[Case]:
     rng, seed = seeds(options, 3)
     away = leaving(options.prompts // 3, options.split, rng)
-    stay = list(underspecified(options.prompts - len(away), options.split, options.seed + 1).scenes)
+    stay = underspecified(options.prompts - len(away), options.split, options.seed + 1)
     cases = []
     for i in range(options.prompts):
         goes = i % 3 == 2
@@ -148,7 +148,7 @@ def memory_cases(options: Options) -> list[Case]:
     """A scene that leaves something open, another one for five seconds, the first prompt again."""
     rng, seed = seeds(options, 4)
     cases = []
-    for i, first in enumerate(underspecified(options.prompts, options.split, options.seed + 2).scenes):
+    for i, first in enumerate(underspecified(options.prompts, options.split, options.seed + 2)):
         second = sample_scene(rng, options.split, 0.0)
         while not _apart(first, second):
             second = sample_scene(rng, options.split, 0.0)

@@ -7,8 +7,8 @@ from itertools import permutations
 
 import numpy as np
 
-from streamgen.evaluation.sprites import ATTRIBUTES
 from streamgen.evaluation.suites.base import Values
+from streamgen.evaluation.suites.scenes import ATTRIBUTES
 from streamgen.worlds.sprites.language import Scene
 from streamgen.worlds.sprites.motion import Hidden
 from streamgen.worlds.sprites.oracle import ActorReading, Reading, score

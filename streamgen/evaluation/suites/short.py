@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from streamgen.evaluation.confusions import pairs, said
-from streamgen.evaluation.sprites import ATTRIBUTES, specified
 from streamgen.evaluation.suites.base import BIN, Case, Judge, Options, Pieces, Suite, Values, mean, seeds
 from streamgen.evaluation.suites.readings import (
     attributes,
@@ -21,6 +20,7 @@ from streamgen.evaluation.suites.readings import (
     stagnation,
     strangers,
 )
+from streamgen.evaluation.suites.scenes import ATTRIBUTES, specified
 from streamgen.evaluation.video import VideoMeter
 from streamgen.evaluation.video_drift import LOOKS
 from streamgen.worlds.sprites.language import Change, Timeline
@@ -33,7 +33,7 @@ SHORT = BIN + 1  # 21 latent frames, what models are trained on
 def specified_cases(options: Options, num_frames: int) -> list[Case]:
     """The same prompts and seeds whatever the length."""
     _, seed = seeds(options, 1)
-    scenes = specified(options.prompts, options.split, options.seed + 1).scenes
+    scenes = specified(options.prompts, options.split, options.seed + 1)
     parts = [f"{'one' if len(scene.actors) == 1 else 'two'}" for scene in scenes]
     return [
         Case(Timeline((Change(0, scene),)), num_frames, seed(i), part)

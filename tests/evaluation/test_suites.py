@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from streamgen.errors import InputError
-from streamgen.evaluation.sprites import ATTRIBUTES
 from streamgen.evaluation.statistics import mean_interval, paired_interval
 from streamgen.evaluation.suites import NAMES, find_suite
 from streamgen.evaluation.suites.base import BIN, Case, Options, Pieces
 from streamgen.evaluation.suites.identity import SEEN, Absences, IdentityJudge, MemoryJudge
 from streamgen.evaluation.suites.readings import stagnation, usual_speed, visible
+from streamgen.evaluation.suites.scenes import ATTRIBUTES, specified, underspecified
 from streamgen.evaluation.suites.short import LongJudge, ShortJudge, drift
 from streamgen.evaluation.suites.switch import SPACE, SwitchJudge
 from streamgen.worlds.sprites import Change, Drive, Timeline, parse, render, split
@@ -48,6 +48,11 @@ def test_cases_are_held_out_paired_and_in_reach_of_a_seed(name):
         assert all(split(case.scene) == side for case in cases(Options(3, split=side)))
     assert len({case.seed for case in both}) == 6
     assert all(case.frames[0] == 0 and case.frames[-1] + BIN <= case.num_frames for case in both)
+
+
+def test_scenes_name_all_or_not_all():
+    assert all(scene.complete for scene in specified(20)) and not any(scene.complete for scene in underspecified(20))
+    assert specified(5) == specified(9)[:5] != specified(5, seed=2)
 
 
 def test_suites_by_name():

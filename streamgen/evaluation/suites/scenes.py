@@ -1,0 +1,26 @@
+"""What is asked of a model: scenes of one side of the split, drawn from a seed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from streamgen.worlds.sprites.language import Scene, omit, sample_scene, split
+
+ATTRIBUTES = ("colour", "background", "shape", "motion", "whole", "present", "all_right")
+
+
+def specified(count: int, side: str = "val", seed: int = 1, two_actors: float = 0.3) -> list[Scene]:
+    """Scenes that leave nothing open."""
+    rng = np.random.default_rng([seed, 1])
+    return [sample_scene(rng, side, two_actors) for _ in range(count)]
+
+
+def underspecified(count: int, side: str = "val", seed: int = 1) -> list[Scene]:
+    """Scenes that leave something open: the model chooses, and must keep its choice."""
+    rng = np.random.default_rng([seed, 2])
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = omit(sample_scene(rng, "train", 0.0), rng)
+        if split(scene) == side:
+            scenes.append(scene)
+    return scenes
