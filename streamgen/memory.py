@@ -150,41 +150,60 @@ def estimate(
     at_once = batch * max(map(len, rows)) * max(map(len, columns))
     net, tokens = geometry.transformer, geometry.tokens_per_frame(height, width)
     sequences = batch * (1 if config.guidance.scale == 1 else 2)
-
-    chunk, engine = config.chunk.largest, Engine(None, config)
     total = config.chunk.whole(latent_frames or CLIP_FRAMES)
-    flight = engine.flight_frames
-    together = len(lanes(engine.schedule, engine.steps, config.chunk.count(total)))  # rows of a call, a cache each
-    policy = build_policy(config, flight, total)
-    pages, call = policy.pages, call_frames(config, policy, flight, total)
-    store = _store(net, latents, sequences, pages, call, resolve_dtype(dtype), policy.aside)
-
-    stays = config.positions.rule == "absolute" and config.switch.mode != "recache"  # a key is turned once
-    stale = min(pages, chunk) if stays else pages
-    endless = config.cache.window != -1
-    counting = config.positions.rule in OWN_NUMBERS
-    seen = (2**62 if endless else total) if counting else pages + chunk  # frames of different positions, as queries
-    tables = min(seen // chunk, RotaryEmbedding.CACHE_SIZE)
+    cache = _cache(net, config, latents, sequences, resolve_dtype(dtype), total)
     read = (net.text_len or geometry.text_encoder.max_length) + _picture_tokens(geometry)
     state = decoder.state_values * positions * size
+    pages, call = cache.store.pages, cache.store.flight
+    queries, keys = cache.lanes * sequences * call * tokens, sequences * max(pages, call) * tokens
     return Estimate(
         transformers=geometry.experts * _transformer_bytes(net, size, weights),
         text_encoder=geometry.text_encoder.parameters * size,
         image_encoder=geometry.image_encoder.parameters * size if geometry.image_encoder else 0,
         codec=decoder.parameters * size,
-        cache=geometry.experts * together * store.nbytes,
+        cache=geometry.experts * cache.lanes * cache.store.nbytes,
         text_keys=geometry.experts * 2 * sequences * read * net.dim * net.num_layers * size,
-        tables=geometry.experts * tables * flight * tokens * net.attention_head_dim * 4,
+        tables=geometry.experts * cache.tables * tokens * net.attention_head_dim * 4,
         codec_state=state,
         runtime=RUNTIME.get(device, RUNTIME["cpu"]),
         encoding=_encoding_bytes(geometry, size),
-        forward=_forward_bytes(
-            net, together * sequences * call * tokens, sequences * max(pages, call) * tokens, size, device
-        ),
-        rotation=_rotation_bytes(stale * store.keys.nbytes // (pages + store.flight), net.num_layers, size),
-        decoding=_decoding_bytes(decoder, at_once, batch * latents[0] * latents[1], chunk, size) + state,
-        frames_in_cache=together * (pages + store.flight),
+        forward=_forward_bytes(net, queries, keys, size, device),
+        rotation=_rotation_bytes(cache.turned, net.num_layers, size),
+        decoding=_decoding_bytes(decoder, at_once, batch * latents[0] * latents[1], config.chunk.largest, size) + state,
+        frames_in_cache=cache.lanes * (pages + call),
         tokens_per_frame=tokens,
+    )
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """Of one expert: what engine and policy would make for a stream."""
+
+    lanes: int  # rows of a call, a cache each
+    store: KVStore  # of one lane
+    tables: int  # frames whose rotary angles are kept
+    turned: int  # bytes of keys that get new positions at once, of one lane
+
+
+def _cache(
+    net: TransformerGeometry, config: StreamConfig, latents: Sequence[int], sequences: int, dtype: torch.dtype,
+    total: int,
+) -> _Cache:  # fmt: skip
+    """`total`: latent frames of the stream."""
+    engine, chunk = Engine(None, config), config.chunk.largest
+    flight = engine.flight_frames
+    policy = build_policy(config, flight, total)
+    pages = policy.pages
+    store = _store(net, latents, sequences, pages, call_frames(config, policy, flight, total), dtype, policy.aside)
+    endless = config.cache.window != -1
+    counting = config.positions.rule in OWN_NUMBERS
+    seen = (2**62 if endless else total) if counting else pages + chunk  # frames of different positions, as queries
+    stays = config.positions.rule == "absolute" and config.switch.mode != "recache"  # a key is turned once
+    return _Cache(
+        lanes=len(lanes(engine.schedule, engine.steps, config.chunk.count(total))),
+        store=store,
+        tables=min(seen // chunk, RotaryEmbedding.CACHE_SIZE) * flight,
+        turned=(min(pages, chunk) if stays else pages) * store.keys.nbytes // (pages + store.flight),
     )
 
 

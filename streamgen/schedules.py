@@ -21,10 +21,7 @@ class OpKind(Enum):
     """What happens to a stream at the start of a tick."""
 
     BEGIN = "begin"  # a chunk enters: its spec, prompt and noise are fixed now
-    SWITCH = "switch"  # a new prompt takes effect with this chunk
-    RESET = "reset"  # frame 0, fresh cache
     CLONE = "clone"  # a lane's state is copied to other lanes
-    DRAIN = "drain"  # no more chunks enter
 
 
 @dataclass(frozen=True, slots=True)
