@@ -6,7 +6,8 @@ Drawn like the pictures of presets, with Pillow.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from streamgen.evaluation.results import contenders, names_of, number, suites_of
 from streamgen.worlds.sprites.renderer import FPS
 
 WIDE, HIGH = 560, 300  # of a plot's area
+FEW, COLUMNS = 8, 4  # curves that share one area; areas side by side where there are more
+PANEL, SPACE = (170, 100), (34, 46)  # width and height of such an area, and what is between two
+GHOST = "#c9ced6"
 LEFT, TOP, BELOW, LEGEND = 56, 40, 44, 240
 INKS = (
     "#3566c8", "#d1334a", "#2c9a5f", "#e08a1e", "#7a4fb8", "#17a2b0", "#8a5a34", "#d05fa8", "#6b7280", "#a3a81c",
@@ -42,18 +46,38 @@ class Axes:
     sheet: Sheet
     x: tuple[float, float]
     y: tuple[float, float]
+    corner: tuple[float, float] = (LEFT, TOP)
+    size: tuple[float, float] = (WIDE, HIGH)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return LEFT + across * WIDE, TOP + (1 - up) * HIGH
+        return self.corner[0] + across * self.size[0], self.corner[1] + (1 - up) * self.size[1]
 
     def line(self, a: tuple[float, float], b: tuple[float, float], fill: str, thick: float = 1) -> None:
         ends = [SCALE * v for point in (a, b) for v in self.place(*point)]
         self.sheet.draw.line(ends, fill=fill, width=round(thick * SCALE))
 
-    def dot(self, x: float, y: float, fill: str) -> None:
-        self.sheet.dot(*self.place(x, y), 3.5, fill, PAPER)
+    def dot(self, x: float, y: float, ink: str, hollow: bool = False) -> None:
+        self.sheet.dot(*self.place(x, y), 3.5, *((PAPER, ink) if hollow else (ink, PAPER)))
+
+    def curve(self, points: Sequence[Point], ink: str, thick: float = 2) -> None:
+        for a, b in pairwise(points):
+            self.line((a.x, a.value), (b.x, b.value), ink, thick)
+
+    def scales(self, numbers: tuple[bool, bool] = (True, True)) -> None:
+        """Lines at round values, with numbers below and on the left, and the two axes."""
+        for value in ticks(*self.y):
+            self.line((self.x[0], value), (self.x[1], value), LINE)
+            if numbers[1]:
+                self.sheet.text(self.corner[0] - 6, self.place(0, value)[1], f"{value:.6g}", 10, FAINT, "rm")
+        for value in ticks(*self.x):
+            self.line((value, self.y[0]), (value, self.y[1]), LINE)
+            if numbers[0]:
+                across, below = self.place(value, self.y[0])
+                self.sheet.text(across, below + 14, f"{value:.6g}", 10, FAINT, "mm")
+        self.line((self.x[0], self.y[0]), (self.x[1], self.y[0]), FAINT)
+        self.line((self.x[0], self.y[0]), (self.x[0], self.y[1]), FAINT)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -64,30 +88,30 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def _span(values: Sequence[float], *more: float) -> tuple[float, float]:
-    low, high = min(*values, *more), max(*values, *more)
+    low, high = min([*values, *more]), max([*values, *more])
     room = 0.05 * (high - low) or 0.5
     return low - room, high + room
 
 
-def _axes(title: str, x: tuple[float, float], y: tuple[float, float], across: str, up: str) -> Axes:
-    """White paper with a title, a frame of round numbers, and what they count."""
-    axes = Axes(Sheet(LEFT + WIDE + LEGEND, TOP + HIGH + BELOW), x, y)
+def _axes(title: str, x: tuple[float, float], y: tuple[float, float], across: str, up: str, names: int) -> Axes:
+    """White paper with a title, a frame of round numbers, what they count, and room for a legend of `names`."""
+    axes = Axes(Sheet(LEFT + WIDE + LEGEND, max(TOP + HIGH + BELOW, TOP + 17 * names)), x, y)
     axes.sheet.text(LEFT, 10, title, 14)
     axes.sheet.text(LEFT, 28, up, 10, FAINT)
     axes.sheet.text(LEFT + WIDE / 2, TOP + HIGH + 34, across, 10, FAINT, "mm")
-    for value in ticks(*y):
-        axes.line((x[0], value), (x[1], value), LINE)
-        axes.sheet.text(LEFT - 6, axes.place(x[0], value)[1], f"{value:.6g}", 10, FAINT, "rm")
-    for value in ticks(*x):
-        axes.line((value, y[0]), (value, y[1]), LINE)
-        axes.sheet.text(axes.place(value, y[0])[0], TOP + HIGH + 14, f"{value:.6g}", 10, FAINT, "mm")
+    axes.scales()
     return axes
+
+
+def _ink(index: int) -> tuple[str, bool]:
+    """A colour, and whether its dot is hollow: the second time round."""
+    return INKS[index % len(INKS)], index >= len(INKS)
 
 
 def _legend(axes: Axes, names: Sequence[str]) -> None:
     for i, name in enumerate(names):
-        y = TOP + 8 + 17 * i
-        axes.sheet.dot(LEFT + WIDE + 16, y, 4, INKS[i % len(INKS)], PAPER)
+        y, (ink, hollow) = TOP + 8 + 17 * i, _ink(i)
+        axes.sheet.dot(LEFT + WIDE + 16, y, 4, *((PAPER, ink) if hollow else (ink, PAPER)))
         axes.sheet.text(LEFT + WIDE + 26, y, _short(name), 10)
 
 
@@ -95,40 +119,62 @@ def _short(name: str) -> str:
     return name if len(name) <= 40 else f"{name[:38]}…"
 
 
-def _whisker(axes: Axes, x: float, point: Point, ink: str) -> None:
-    axes.line((x, point.low), (x, point.high), ink)
-
-
 def lines(title: str, across: str, up: str, series: dict[str, list[Point]], y: tuple[float, float]) -> np.ndarray:
     """A curve per name, intervals as whiskers, moved apart a little so that they can be told from each other."""
+    if len(series) > FEW:
+        return panels(title, across, up, series, y)
     xs = [point.x for points in series.values() for point in points]
-    axes = _axes(title, _span(xs), y, across, up)
+    axes = _axes(title, _span(xs), y, across, up, len(series))
     apart = 0.1 * (axes.x[1] - axes.x[0]) / max(1, len(set(xs))) / max(1, len(series))
     for i, points in enumerate(series.values()):
-        ink, moved = INKS[i % len(INKS)], [point.x + apart * i for point in points]
-        for k, point in enumerate(points):
-            _whisker(axes, moved[k], point, ink)
-            if k:
-                axes.line((moved[k - 1], points[k - 1].value), (moved[k], point.value), ink, 2)
-        for x, point in zip(moved, points):
-            axes.dot(x, point.value, ink)
+        moved = [replace(point, x=point.x + apart * i) for point in points]
+        _curve(axes, moved, INKS[i])
+        for point in moved:
+            axes.dot(point.x, point.value, INKS[i])
     _legend(axes, list(series))
-    return _framed(axes)
+    return _margin(axes.sheet)
+
+
+def _curve(axes: Axes, points: Sequence[Point], ink: str) -> None:
+    """With intervals."""
+    for point in points:
+        axes.line((point.x, point.low), (point.x, point.high), ink)
+    axes.curve(points, ink)
+
+
+def panels(title: str, across: str, up: str, series: dict[str, list[Point]], y: tuple[float, float]) -> np.ndarray:
+    """An area per name, in which the curves of all others are faint."""
+    width, height = PANEL[0] + SPACE[0], PANEL[1] + SPACE[1]
+    rows = -(-len(series) // COLUMNS)
+    sheet = Sheet(LEFT + COLUMNS * width, TOP + 20 + rows * height)
+    sheet.text(LEFT, 10, title, 14)
+    sheet.text(LEFT, 28, f"{up}; {across}; faint: the others", 10, FAINT)
+    span = _span([point.x for points in series.values() for point in points])
+    for i, (name, points) in enumerate(series.items()):
+        row, column = divmod(i, COLUMNS)
+        axes = Axes(sheet, span, y, (LEFT + column * width, TOP + 20 + row * height), PANEL)
+        axes.scales((i + COLUMNS >= len(series), column == 0))
+        for others in series.values():
+            axes.curve(others, GHOST, 1)
+        _curve(axes, points, INKS[0])
+        sheet.text(axes.corner[0], axes.corner[1] - 10, _short(name), 11)
+    return _margin(sheet)
 
 
 def scatter(title: str, across: str, up: str, points: dict[str, tuple[Point, Point]]) -> np.ndarray:
     """One dot per name, whose two values each have an interval."""
     spans = [[v for pair in points.values() for v in (pair[k].low, pair[k].high)] for k in (0, 1)]
-    axes = _axes(title, _span(spans[0], 0.0), _span(spans[1], 1.0), across, up)
+    axes = _axes(title, _span(spans[0], 0.0), _span(spans[1], 1.0), across, up, len(points))
     axes.line((0, axes.y[0]), (0, axes.y[1]), FAINT)
     axes.line((axes.x[0], 1), (axes.x[1], 1), FAINT)
     for i, (x, y) in enumerate(points.values()):
-        ink = INKS[i % len(INKS)]
+        ink = _ink(i)[0] if len(points) <= FEW else GHOST  # so many crosses would hide the dots
         axes.line((x.low, y.value), (x.high, y.value), ink)
         axes.line((x.value, y.low), (x.value, y.high), ink)
-        axes.dot(x.value, y.value, ink)
+    for i, (x, y) in enumerate(points.values()):
+        axes.dot(x.value, y.value, *_ink(i))
     _legend(axes, list(points))
-    return _framed(axes)
+    return _margin(axes.sheet)
 
 
 def bars(title: str, unit: str, points: dict[str, Point]) -> np.ndarray:
@@ -146,13 +192,6 @@ def bars(title: str, unit: str, points: dict[str, Point]) -> np.ndarray:
     return _margin(sheet)
 
 
-def _framed(axes: Axes) -> np.ndarray:
-    for a, b in (((0, 0), (1, 0)), ((0, 0), (0, 1))):
-        ends = [(axes.x[p[0]], axes.y[p[1]]) for p in (a, b)]
-        axes.line(*ends, FAINT)
-    return _margin(axes.sheet)
-
-
 def _margin(sheet: Sheet) -> np.ndarray:
     edge = MARGIN * SCALE
     whole = Image.new("RGB", (sheet.image.width + 2 * edge, sheet.image.height + 2 * edge), PAPER)
@@ -161,15 +200,15 @@ def _margin(sheet: Sheet) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------- from records
-def draw_results(results: dict[str, Any], folder: Path, prefix: str = "") -> list[Path]:
-    """Every plot that the records are there for, as PNG files `folder`/PREFIX….png."""
-    drawn: dict[str, np.ndarray] = {}
+def draw_results(results: dict[str, Any], folder: Path, prefix: str = "") -> dict[str, list[Path]]:
+    """By suite, every plot that the records are there for, as PNG files `folder`/PREFIX….png."""
+    drawn: dict[str, list[Path]] = {}
     for suite in suites_of(results):
         for name, draw in _KINDS.get(suite.partition("-")[0], {}).items():
             picture = draw(results, suite)
             if picture is not None:
-                drawn[f"{prefix}{suite}-{name}.png"] = picture
-    return [save(folder / name, picture) for name, picture in drawn.items()]
+                drawn.setdefault(suite, []).append(save(folder / f"{prefix}{suite}-{name}.png", picture))
+    return drawn
 
 
 def _found(results: dict[str, Any], suite: str, metric: str) -> dict[str, Point]:
@@ -185,7 +224,7 @@ def _found(results: dict[str, Any], suite: str, metric: str) -> dict[str, Point]
 def _point(record: dict[str, Any]) -> Point:
     """A record's value; its interval is the value itself where one clip has none."""
     value = record["value"]
-    low, high = ((value, value) if record["low"] is None else (record["low"], record["high"]))
+    low, high = (value, value) if record["low"] is None else (record["low"], record["high"])
     return Point(0.0, value, low, high)
 
 

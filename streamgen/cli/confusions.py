@@ -57,31 +57,31 @@ def _ink(share: float, full: tuple[int, int, int]) -> tuple[int, ...]:
 
 
 # ------------------------------------------------------------------------------------------- files, and links to them
-def failings(results: dict[str, Any], folder: Path) -> list[str]:
-    """A line of Markdown per preset, with links into the results' own folder, where the pictures are drawn."""
-    lines = []
+def failings(results: dict[str, Any], folder: Path) -> dict[str, list[str]]:
+    """By suite, a line of Markdown per preset, with links into the results' own folder, where pictures are drawn."""
+    lines: dict[str, list[str]] = {}
     for item in results["confusions"]:
         name = slug(item["model"], item["preset"], item["suite"])
         plot = save(folder / f"{name}--confusions.png", draw(item["attributes"], _title(results, item)))
         worst = worst_path(folder, name)
-        lines.append(_line(results, item, plot.name, f"sheets/{worst.name}" if worst.is_file() else None))
+        line = _line(results, item, plot.name, f"sheets/{worst.name}" if worst.is_file() else None)
+        lines.setdefault(item["suite"], []).append(line)
     return lines
 
 
-def copy_failings(results: dict[str, Any], source: Path, target: Path, prefix: str) -> list[str]:
+def copy_failings(results: dict[str, Any], source: Path, target: Path, prefix: str) -> dict[str, list[str]]:
     """The same for a report, in a folder beside it: of each suite's first preset alone, as pictures are large."""
-    lines, seen = [], set()
+    lines: dict[str, list[str]] = {}
     for item in results["confusions"]:
-        if item["suite"] in seen:
+        if item["suite"] in lines:
             continue
-        seen.add(item["suite"])
         name = slug(item["model"], item["preset"], item["suite"])
         plot = target / f"{prefix}{name}--confusions.png"
         save(plot, draw(item["attributes"], _title(results, item)))
         worst, copy = worst_path(source, name), None
         if worst.is_file():
             copy = f"{target.name}/{shutil.copyfile(worst, target / f'{prefix}{worst.name}').name}"
-        lines.append(_line(results, item, f"{target.name}/{plot.name}", copy))
+        lines[item["suite"]] = [_line(results, item, f"{target.name}/{plot.name}", copy)]
     return lines
 
 

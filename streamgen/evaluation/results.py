@@ -162,19 +162,24 @@ def suites_of(results: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(item["suite"] for item in both))
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown: a row per headline metric, a column per contender; ▲ ▼ = the interval of the difference to the first
-    preset leaves 0 out (up and down are directions, not praise)."""
-    who = contenders(results)
-    found = {(r["model"], r["preset"], r["suite"], r["metric"]): r for r in results["records"]}
-    apart = {(r["model"], r["preset"], r["suite"], r["metric"]): r for r in results["differences"]}
-    titles = names_of(who)
-    lines = [f"| suite | metric | {' | '.join(titles[w] for w in who)} |", f"|---|---|{'---|' * len(who)}"]
-    for suite in suites_of(results):
-        for metric in find_suite(suite).headline:
-            cells = [result_cell(found.get((*w, suite, metric)), apart.get((*w, suite, metric))) for w in who]
-            lines.append(f"| {suite} | {metric} | {' | '.join(cells)} |")
+def table(results: dict[str, Any], suite: str) -> str:
+    """Markdown: a row per contender, and per part where there is one alone; a column per headline metric. ▲ ▼ = the
+    interval of the difference to the first preset leaves 0 out (up and down are directions, not praise)."""
+    key = lambda item: (item["model"], item["preset"], item["metric"])
+    found = {key(r): r for r in results["records"] if r["suite"] == suite}
+    apart = {key(d): d for d in results["differences"] if d["suite"] == suite}
+    headline, titles = find_suite(suite).headline, names_of(contenders(results))
+    lines = [f"| {suite} | {' | '.join(headline)} |", f"|---|{'---|' * len(headline)}"]
+    for who, title in titles.items():
+        for part in ("", *_parts(found) * (len(titles) == 1)):
+            cells = (result_cell(found.get((*who, name + part)), apart.get((*who, name + part))) for name in headline)
+            lines.append(f"| {title}{part and f' {part}'} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _parts(metrics: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """[PART], as metrics have it at their end."""
+    return tuple(dict.fromkeys(metric[metric.index("[") :] for *_, metric in metrics if "[" in metric))
 
 
 def result_cell(record: dict[str, Any] | None, difference: dict[str, Any] | None = None) -> str:

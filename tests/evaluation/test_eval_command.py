@@ -180,7 +180,8 @@ def test_a_comparison_is_written_whole_and_twice_the_same(evaluate, pipes, tmp_p
     assert (apart["self-forcing", "new"]["value"], apart["self-forcing", "new"]["to"]) == (-1, "default")
     assert pipes["default"].streams == pipes["self-forcing"].streams  # the same prompts, seeds and lengths
     text = Path("out/results.md").read_text()
-    assert "| switch | success | 1.00 | 0.00 |" in text and "–" in text  # of one case there is no interval
+    assert "| switch | success | new |" in text and "| default | 1.00 | 1.00 |" in text  # of one case no interval
+    assert "| self-forcing | 0.00 | 0.00 |" in text and "–" in text
     for name in ("switch-latency.png", "sheets/sprites--default--short.png", "raw/sprites--default--short.json"):
         assert Path("out", name).is_file()
     shutil.move("out", "first")
@@ -255,8 +256,8 @@ def test_what_is_confused_is_drawn_and_the_worst_are_shown(evaluate, pipes):
     assert "- default: short: what is confused with what, [in counts](sprites--default--short--confusions.png)" in text
     assert f"[the worst clips](sheets/{worst})" in text and Path("out/sheets", worst).is_file()
     assert "- self-forcing: short" in text and "no clip has a wrong attribute" in text
-    colours = next(line for line in text.splitlines() if line.startswith("| short | colour |"))
-    assert colours.endswith("| 1.00 [1.00, 1.00] ▲ |")
+    columns, _, *rows = (line for line in text.splitlines() if line.startswith("|"))
+    assert columns.split(" | ").index("colour") == 2 and rows[1].split(" | ")[2] == "1.00 [1.00, 1.00] ▲"
     assert not Path("out/sheets/sprites--self-forcing--short--worst.png").exists()
     assert evaluate("report", "out", output="results.md")[0] == 0
     report = Path("results.md").read_text()
@@ -343,6 +344,23 @@ def test_a_curve_is_where_its_values_are():
     legend = (charts.MARGIN + charts.LEFT + charts.WIDE + 8) * charts.SCALE
     rows = [np.flatnonzero((picture[:, :legend] == ink).all(-1).any(1)).mean() for picture in (high, low)]
     assert rows[1] - rows[0] == pytest.approx(charts.HIGH * charts.SCALE, abs=4)
+
+
+def test_many_curves_have_an_area_each():
+    point = lambda x, value: charts.Point(x, value, value, value)
+    ink = np.array([int(charts.INKS[0][i : i + 2], 16) for i in (1, 3, 5)])
+    flat = lambda k, n: [point(0, k / n), point(5, k / n)]
+    shown = lambda n: charts.lines("t", "x", "y", {str(k): flat(k, n) for k in range(n)}, (0, 1))
+    rows = lambda n: np.flatnonzero((shown(n) == ink).all(-1).sum(1) > 100)
+    assert len(rows(charts.FEW)) <= 2 * charts.SCALE + 1  # one curve has this ink, in one place
+    assert shown(charts.FEW + 1).shape[0] < shown(charts.FEW + 9).shape[0]
+    assert np.ptp(rows(charts.FEW + 1)) > charts.PANEL[1] * charts.SCALE  # every curve has it, in an area of its own
+
+
+def test_a_single_preset_is_told_by_parts(evaluate, pipes):
+    assert evaluate("--suites", "identity-10", "--prompts", 3)[0] == 0
+    text = Path("out/results.md").read_text()
+    assert "| default [leaving] |" in text and "| default [open] |" in text
 
 
 # ------------------------------------------------------------------------------------------- a real model
