@@ -14,9 +14,7 @@ from streamgen.schedules import OpKind
 NAMES = available("presets")
 SPRITES = model_config("sprites")
 TRAINED = 21  # positions that a clip of the embedded model's training has
-UNBOUNDED = {  # finite streams, where everything stays visible; and memories that stay at their numbers
-    "self-forcing", "causal-forcing", "memflow", "tempcache",
-}  # fmt: skip
+UNBOUNDED = {"memflow", "tempcache"}  # memories that stay at their numbers
 RULES = {  # where ranks would be refused, or lose the idea
     "anchor-forcing": "tri-region", "deep-forcing": "trail", "magi": "absolute", "memflow": "absolute",
     "rolling-forcing": "before", "tempcache": "trail", "timestep-pipeline": "ahead",

@@ -53,6 +53,7 @@ def test_cases_are_held_out_paired_and_in_reach_of_a_seed(name):
 def test_scenes_name_all_or_not_all():
     assert all(scene.complete for scene in specified(20)) and not any(scene.complete for scene in underspecified(20))
     assert specified(5) == specified(9)[:5] != specified(5, seed=2)
+    assert [sum(len(scene.actors) == 2 for scene in specified(n)) for n in (4, 20, 300)] == [1, 6, 90]
 
 
 def test_suites_by_name():
