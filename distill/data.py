@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -104,6 +105,7 @@ class LatentClips:
         self.latents, self.chunks = latents, latents.shape[2] // chunk_frames
         starts = {chunk_start(k, chunk_frames): k for k in range(self.chunks)}
         self.scenes = [[(starts[frame], scene) for frame, scene in clip] for clip in scenes]
+        self._odds: dict[tuple, np.ndarray] = {}  # of every clip, by what is favoured
 
     @classmethod
     def load(cls, path: Path, chunk_frames: int) -> LatentClips:
@@ -113,6 +115,17 @@ class LatentClips:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def draw(self, rng: np.random.Generator, favour: Mapping[str, float]) -> int:
+        """A clip's index; those that show a motion of `favour` come up so many times as often."""
+        if not favour:
+            return int(rng.integers(len(self)))
+        key = tuple(favour.items())
+        if key not in self._odds:
+            motions = [{actor.motion for _, scene in clip for actor in scene.actors} for clip in self.scenes]
+            weights = np.array([max(favour.get(motion, 1.0) for motion in shown) for shown in motions])
+            self._odds[key] = weights / weights.sum()
+        return int(rng.choice(len(self), p=self._odds[key]))
 
 
 def tell(scenes: list[Scene], rng: np.random.Generator, partial: float = 0.3, paraphrase: float = 0.25) -> list[str]:

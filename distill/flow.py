@@ -61,6 +61,7 @@ class FlowTask:
     context_noise: float = 150.0  # history of half the clips is noised up to this timestep, and said to be
     gap: float = 0.25  # share of clips that jump between sink and window
     max_offset: int = 64
+    favour: dict[str, float] = field(default_factory=dict)  # motion -> how many times as often its clips are drawn
     samples: int = 8
 
 
@@ -171,7 +172,7 @@ class FlowTrainer:
     def _clip(self, rng: np.random.Generator, count: int) -> tuple[Tensor, np.ndarray, list[str], np.ndarray]:
         """`count` chunks: latents [C, F, h, w], prompt index per frame, prompts, and which frames teach."""
         config, n, clips = self.config, self.config.chunk_frames, self.clips(count)
-        index = int(rng.integers(len(clips)))
+        index = clips.draw(rng, config.favour)
         spare = clips.chunks - count
         gap = int(rng.integers(1, spare + 1)) if spare and rng.random() < config.gap else 0
         first = int(rng.integers(0, spare - gap + 1)) if spare and rng.random() < 0.4 else 0

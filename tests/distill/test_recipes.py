@@ -103,6 +103,15 @@ def test_prompts_of_a_step_are_on_the_training_side_and_say_what_changes():
         assert len(set(map(parse, prompts))) == len(set(scenes))
 
 
+def test_clips_of_favoured_motions_come_up_more_often():
+    scenes = [parse(f"a red square {motion} on a navy background") for motion in ("spinning", "pulsing", "circling")]
+    clips = LatentClips(torch.zeros(3, 4, 3, 2, 2), [[(0, scene)] for scene in scenes], 3)
+    rng = np.random.default_rng(0)
+    share = lambda favour: np.bincount([clips.draw(rng, favour) for _ in range(3000)], minlength=3) / 3000
+    assert share({}) == pytest.approx([1 / 3] * 3, abs=0.05)
+    assert share({"spinning": 6.0, "pulsing": 3.0}) == pytest.approx([0.6, 0.3, 0.1], abs=0.05)
+
+
 def test_every_word_of_the_world_has_a_token():
     tokenizer = build_tokenizer(vocabulary(), 32)
     rng = np.random.default_rng(1)
