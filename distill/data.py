@@ -100,32 +100,36 @@ def _scene(record: dict) -> Scene:
 class LatentClips:
     """Latent clips in memory with their scenes: latents float16 [N, C, F, h, w]."""
 
-    def __init__(self, latents: Tensor, scenes: list[list[tuple[int, Scene]]], chunk_frames: int) -> None:
-        """`scenes`: per clip, each scene with the pixel frame it begins at."""
+    def __init__(
+        self, latents: Tensor, scenes: list[list[tuple[int, Scene]]], chunk_frames: int,
+        favour: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        """`scenes`: per clip, each scene with the pixel frame it begins at. `favour` as in `odds_of`."""
         self.latents, self.chunks = latents, latents.shape[2] // chunk_frames
         starts = {chunk_start(k, chunk_frames): k for k in range(self.chunks)}
         self.scenes = [[(starts[frame], scene) for frame, scene in clip] for clip in scenes]
-        self._odds: dict[tuple, np.ndarray] = {}  # of every clip, by what is favoured
+        self.odds = odds_of(self.scenes, favour) if favour else None
 
     @classmethod
-    def load(cls, path: Path, chunk_frames: int) -> LatentClips:
+    def load(cls, path: Path, chunk_frames: int, favour: Mapping[str, float] | None = None) -> LatentClips:
         with safe_open(path, "pt") as file:
             latents, told = file.get_tensor("latents"), json.loads(file.metadata()["scenes"])
-        return cls(latents, [[(frame, _scene(scene)) for frame, _, scene in clip] for clip in told], chunk_frames)
+        scenes = [[(frame, _scene(scene)) for frame, _, scene in clip] for clip in told]
+        return cls(latents, scenes, chunk_frames, favour)
 
     def __len__(self) -> int:
         return len(self.latents)
 
-    def draw(self, rng: np.random.Generator, favour: Mapping[str, float]) -> int:
-        """A clip's index; those that show a motion of `favour` come up so many times as often."""
-        if not favour:
-            return int(rng.integers(len(self)))
-        key = tuple(favour.items())
-        if key not in self._odds:
-            motions = [{actor.motion for _, scene in clip for actor in scene.actors} for clip in self.scenes]
-            weights = np.array([max(favour.get(motion, 1.0) for motion in shown) for shown in motions])
-            self._odds[key] = weights / weights.sum()
-        return int(rng.choice(len(self), p=self._odds[key]))
+    def draw(self, rng: np.random.Generator) -> int:
+        """A clip's index."""
+        return int(rng.integers(len(self)) if self.odds is None else rng.choice(len(self), p=self.odds))
+
+
+def odds_of(scenes: list[list[tuple[int, Scene]]], favour: Mapping[str, float]) -> np.ndarray:
+    """[N] how probable each clip is, if those that show a motion of `favour` come up so many times as often."""
+    motions = [{actor.motion for _, scene in clip for actor in scene.actors} for clip in scenes]
+    weights = np.array([max(favour.get(motion, 1.0) for motion in shown) for shown in motions])
+    return weights / weights.sum()
 
 
 def tell(scenes: list[Scene], rng: np.random.Generator, partial: float = 0.3, paraphrase: float = 0.25) -> list[str]:

@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from streamgen.distill.data import ClipSpec, LatentClips, build_clips, tell, vocabulary
-from streamgen.evaluation.playing import Strip, play
+from streamgen.evaluation.playing import Strip, draw_sheet, play
 from streamgen.evaluation.suites import find_suite
 from streamgen.evaluation.suites.base import Options, mean
 from streamgen.evaluation.suites.scenes import ATTRIBUTES
 from streamgen.hub import assets_root
 from streamgen.ladder import TRAIN_STEPS, warp_timesteps
-from streamgen.media import contact_sheet, save_image
 from streamgen.models.masks import FrameGroups, block_causal_mask, frame_groups, teacher_forcing_mask
 from streamgen.models.text import TextEncoder, build_tokenizer
 from streamgen.models.transformer import CausalWanTransformer3DModel
@@ -148,7 +147,7 @@ class FlowTrainer:
             path = Path("runs/sprites/clips") / f"{spec.clips}x{spec.chunks}-seed{spec.seed}.safetensors"
             if not path.exists():
                 build_clips(spec, path)
-            self._clips[spec] = LatentClips.load(path, config.chunk_frames)
+            self._clips[spec] = LatentClips.load(path, config.chunk_frames, config.favour)
         return self._clips[spec]
 
     # ------------------------------------------------------------------------------------------- text
@@ -172,7 +171,7 @@ class FlowTrainer:
     def _clip(self, rng: np.random.Generator, count: int) -> tuple[Tensor, np.ndarray, list[str], np.ndarray]:
         """`count` chunks: latents [C, F, h, w], prompt index per frame, prompts, and which frames teach."""
         config, n, clips = self.config, self.config.chunk_frames, self.clips(count)
-        index = clips.draw(rng, config.favour)
+        index = clips.draw(rng)
         spare = clips.chunks - count
         gap = int(rng.integers(1, spare + 1)) if spare and rng.random() < config.gap else 0
         first = int(rng.integers(0, spare - gap + 1)) if spare and rng.random() < 0.4 else 0
@@ -282,8 +281,7 @@ class FlowTrainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             play(self.pipeline(module), cases, judges)
         found = [judge.close() for judge in judges]
-        rows, prompts = [np.stack(judge.kept) for judge in judges], [case.prompts[0] for case in cases]
-        save_image(path, contact_sheet(rows, len(rows[0]), prompts))
+        draw_sheet(path, judges, [case.prompts[0] for case in cases])
         return {name: mean([values[name] for values in found]) for name in ATTRIBUTES}
 
     def export(self, module: nn.ModuleDict, folder: Path, manifest: dict) -> None:

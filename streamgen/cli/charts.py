@@ -58,8 +58,8 @@ class Axes:
         ends = [SCALE * v for point in (a, b) for v in self.place(*point)]
         self.sheet.draw.line(ends, fill=fill, width=round(thick * SCALE))
 
-    def dot(self, x: float, y: float, ink: str, hollow: bool = False) -> None:
-        self.sheet.dot(*self.place(x, y), 3.5, *((PAPER, ink) if hollow else (ink, PAPER)))
+    def dot(self, x: float, y: float, fill: str, outline: str = PAPER) -> None:
+        self.sheet.dot(*self.place(x, y), 3.5, fill, outline)
 
     def curve(self, points: Sequence[Point], ink: str, thick: float = 2) -> None:
         for a, b in pairwise(points):
@@ -103,15 +103,16 @@ def _axes(title: str, x: tuple[float, float], y: tuple[float, float], across: st
     return axes
 
 
-def _ink(index: int) -> tuple[str, bool]:
-    """A colour, and whether its dot is hollow: the second time round."""
-    return INKS[index % len(INKS)], index >= len(INKS)
+def _dot(index: int) -> tuple[str, str]:
+    """Fill and outline: once all colours are used, dots are hollow."""
+    ink = INKS[index % len(INKS)]
+    return (ink, PAPER) if index < len(INKS) else (PAPER, ink)
 
 
 def _legend(axes: Axes, names: Sequence[str]) -> None:
     for i, name in enumerate(names):
-        y, (ink, hollow) = TOP + 8 + 17 * i, _ink(i)
-        axes.sheet.dot(LEFT + WIDE + 16, y, 4, *((PAPER, ink) if hollow else (ink, PAPER)))
+        y = TOP + 8 + 17 * i
+        axes.sheet.dot(LEFT + WIDE + 16, y, 4, *_dot(i))
         axes.sheet.text(LEFT + WIDE + 26, y, _short(name), 10)
 
 
@@ -168,11 +169,11 @@ def scatter(title: str, across: str, up: str, points: dict[str, tuple[Point, Poi
     axes.line((0, axes.y[0]), (0, axes.y[1]), FAINT)
     axes.line((axes.x[0], 1), (axes.x[1], 1), FAINT)
     for i, (x, y) in enumerate(points.values()):
-        ink = _ink(i)[0] if len(points) <= FEW else GHOST  # so many crosses would hide the dots
+        ink = INKS[i] if len(points) <= FEW else GHOST  # so many crosses would hide the dots
         axes.line((x.low, y.value), (x.high, y.value), ink)
         axes.line((x.value, y.low), (x.value, y.high), ink)
     for i, (x, y) in enumerate(points.values()):
-        axes.dot(x.value, y.value, *_ink(i))
+        axes.dot(x.value, y.value, *_dot(i))
     _legend(axes, list(points))
     return _margin(axes.sheet)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,6 +36,15 @@ class Strip(Judge):
 
     def notes(self):
         return self.judge.notes()
+
+
+def draw_sheet(path: Path, strips: Sequence[Strip], labels: list[str]) -> None:
+    """A row of the kept frames per strip."""
+    from streamgen.media import contact_sheet, save_image
+
+    path.parent.mkdir(exist_ok=True)
+    clips = [np.stack(strip.kept) for strip in strips]
+    save_image(path, contact_sheet(clips, max(map(len, clips)), labels))
 
 
 def batches(cases: Sequence[Case], size: int) -> Iterator[list[int]]:

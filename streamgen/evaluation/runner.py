@@ -19,7 +19,7 @@ from typing import Any
 
 from streamgen.errors import BrokenStreamError, InputError, UnavailableError
 from streamgen.evaluation.confusions import count
-from streamgen.evaluation.playing import Strip, play
+from streamgen.evaluation.playing import Strip, draw_sheet, play
 from streamgen.evaluation.results import DIGITS, TIMED, Raw, read_raw, slug, write_json
 from streamgen.evaluation.suites import find_suite
 from streamgen.evaluation.suites.base import Options, Values
@@ -114,7 +114,7 @@ def measure(pipe, unit: Unit, folder: Path, tell: Callable[[int], None] = NO_FRA
         for case, numbers, judge in zip(cases, values, judges, strict=True)
     ]
     sheet = folder / "sheets" / f"{unit.name}.png"
-    _draw_sheet(sheet, strips[:SHEET], [" / ".join(case.prompts) for case in cases[:SHEET]])
+    draw_sheet(sheet, strips[:SHEET], [" / ".join(case.prompts) for case in cases[:SHEET]])
     if suite.confusions:
         _draw_worst(worst_path(folder, unit.name), strips, found)
     return found
@@ -122,16 +122,6 @@ def measure(pipe, unit: Unit, folder: Path, tell: Callable[[int], None] = NO_FRA
 
 def _plain(values: Values) -> Values:
     return {name: None if value is None else round(float(value), DIGITS) for name, value in values.items()}
-
-
-def _draw_sheet(path: Path, strips: Sequence[Strip], labels: list[str]) -> None:
-    import numpy as np
-
-    from streamgen.media import contact_sheet, save_image
-
-    path.parent.mkdir(exist_ok=True)
-    clips = [np.stack(strip.kept) for strip in strips]
-    save_image(path, contact_sheet(clips, max(map(len, clips)), labels))
 
 
 def worst_path(folder: Path, name: str) -> Path:
@@ -147,7 +137,7 @@ def _draw_worst(path: Path, strips: Sequence[Strip], found: list[dict[str, Any]]
     worst = [i for i in sorted(range(len(found)), key=lambda i: -wrong[i]) if wrong[i] > 0][:SHEET]
     if worst:
         labels = [f"{found[i]['prompts'][0]}   ->   {found[i]['said']}" for i in worst]
-        _draw_sheet(path, [strips[i] for i in worst], labels)
+        draw_sheet(path, [strips[i] for i in worst], labels)
 
 
 def run_unit(unit: Unit, folder: Path, load: Load, tell: Callable[[int], None] = NO_FRAMES) -> Raw:

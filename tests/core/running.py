@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import torch
 
@@ -23,7 +24,7 @@ def advance(rollout, chunks: int) -> torch.Tensor:
     return latents([rollout.advance() for _ in range(chunks)])
 
 
-def drain(rollout, chunks: int = 99) -> torch.Tensor:
+def drain(rollout, chunks: float = math.inf) -> torch.Tensor:
     """What is left of a stream, or its next `chunks`."""
     out = []
     while not rollout.finished and len(out) < chunks:

@@ -105,9 +105,9 @@ def test_prompts_of_a_step_are_on_the_training_side_and_say_what_changes():
 
 def test_clips_of_favoured_motions_come_up_more_often():
     scenes = [parse(f"a red square {motion} on a navy background") for motion in ("spinning", "pulsing", "circling")]
-    clips = LatentClips(torch.zeros(3, 4, 3, 2, 2), [[(0, scene)] for scene in scenes], 3)
-    rng = np.random.default_rng(0)
-    share = lambda favour: np.bincount([clips.draw(rng, favour) for _ in range(3000)], minlength=3) / 3000
+    clips = lambda favour: LatentClips(torch.zeros(3, 4, 3, 2, 2), [[(0, scene)] for scene in scenes], 3, favour)
+    drawn = lambda it, rng: np.bincount([it.draw(rng) for _ in range(3000)], minlength=3) / 3000
+    share = lambda favour: drawn(clips(favour), np.random.default_rng(0))
     assert share({}) == pytest.approx([1 / 3] * 3, abs=0.05)
     assert share({"spinning": 6.0, "pulsing": 3.0}) == pytest.approx([0.6, 0.3, 0.1], abs=0.05)
 
