@@ -18,20 +18,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+PRINCIPAL = ("default", "self-forcing", "longlive", "rolling-forcing", "deep-forcing", "reward-forcing")
 MEMORY = (  # what could matter to what is kept
     "default",  # static sink of 3, packed positions, window 21, separate commit, recache
     "default+cache.sink=0", "default+cache.ema_decay=0.999", "default+cache.sink=10",  # none, EMA, deep
-    "default+positions.rule=absolute", "default+positions.rule=tri-region",
+    "default+positions.rule=absolute",
     "default+cache.window=9", "default+cache.window=12",
+    "default+cache.window=12+positions.rule=tri-region",  # as wide as the trained span, it would be packed
     "default+restart=5",  # the control that remembers nothing
 )  # fmt: skip
 ABLATIONS = (
     *MEMORY,
-    "default+switch.mode=keep", "default+switch.mode=reset", "default+switch.mode=cut",
     "default+schedule.coupling=joint+schedule.stagger=3",  # rolling against self-forcing, all else equal
     "default+schedule.commit=inplace",
     "default+positions.rule=absolute+schedule.commit=fused",  # against absolute alone: packed positions refuse it
 )  # fmt: skip
+SWITCHES = ("default+switch.mode=keep", "default+switch.mode=reset", "default+switch.mode=cut")
 LONGEST = ("default", "longlive", "rolling-forcing")
 HEADLINE = 300  # prompts the model as it ships is asked: 70 % of them have one actor
 
@@ -46,19 +48,22 @@ class Comparison:
     prompts: int
 
 
-def comparisons(prompts: int, long_prompts: int) -> list[Comparison]:
+def comparisons(prompts: int, long_prompts: int, few: int, long_few: int) -> list[Comparison]:
     """In the order in which they are measured."""
     from streamgen.config import available
 
-    everything = ("default", *(name for name in available("presets") if name != "default"))
+    others = ("default", *(name for name in available("presets") if name not in PRINCIPAL))
     return [
         Comparison("model", ("default",), ("short",), HEADLINE),
-        Comparison("presets", everything, ("short", "switch"), prompts),
-        Comparison("minute", everything, ("long",), long_prompts),
-        Comparison("ten-minutes", LONGEST, ("long-600",), max(1, long_prompts // 2)),  # bins: its first 300 s are in it
-        Comparison("ablations", ABLATIONS, ("switch", "long"), long_prompts),
-        Comparison("keeping", MEMORY, ("identity", "memory"), long_prompts),
-        Comparison("speed", everything, ("latency",), 1),
+        Comparison("presets", PRINCIPAL, ("short", "switch"), prompts),
+        Comparison("minute", PRINCIPAL, ("long",), long_prompts),
+        Comparison("others", others, ("short", "switch"), few),
+        Comparison("others-minute", others, ("long",), long_few),
+        Comparison("ten-minutes", LONGEST, ("long-600",), max(1, long_few // 2)),  # bins: its first 300 s are in it
+        Comparison("ablations", ABLATIONS, ("long",), long_few),
+        Comparison("switching", (*ABLATIONS, *SWITCHES), ("switch",), few),
+        Comparison("keeping", MEMORY, ("identity", "memory"), long_few),
+        Comparison("speed", (*PRINCIPAL, *others[1:]), ("latency",), 1),
     ]
 
 
@@ -91,8 +96,10 @@ def finished(it: Comparison, args: argparse.Namespace) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=180, help="after which nothing more is begun (180)")
-    parser.add_argument("--prompts", type=int, default=32, help="cases of short and switch (32)")
-    parser.add_argument("--long-prompts", type=int, default=8, help="of a minute, the ablations; ten minutes: half (8)")
+    parser.add_argument("--prompts", type=int, default=32, help="of short and switch, six presets (32)")
+    parser.add_argument("--long-prompts", type=int, default=8, help="of a minute, six presets (8)")
+    parser.add_argument("--few", type=int, default=8, help="of short and switch, all others (8)")
+    parser.add_argument("--long-few", type=int, default=4, help="of a minute, all others; ten minutes: half (4)")
     parser.add_argument("--only", help="names of comparisons, with commas: model, presets, minute, …")
     parser.add_argument("--model", default="sprites")
     parser.add_argument("--split", default="test", choices=("val", "test"))
@@ -105,7 +112,7 @@ def main() -> int:
 
     end = time.monotonic() + 60 * args.minutes
     args.output.mkdir(parents=True, exist_ok=True)
-    wanted = comparisons(args.prompts, args.long_prompts)
+    wanted = comparisons(args.prompts, args.long_prompts, args.few, args.long_few)
     for it in wanted:
         if args.only and it.folder not in args.only.split(",") or time.monotonic() >= end:
             continue

@@ -274,7 +274,7 @@ def test_every_comparison_of_the_results_fits_the_embedded_model():
     from streamgen.evaluation.suites import find_suite
 
     settings, wrong = hub.model_settings("sprites"), []
-    wanted = benchmark("results").comparisons(4, 2)
+    wanted = benchmark("results").comparisons(4, 2, 2, 1)
     assert len({it.folder for it in wanted}) == len(wanted)
     for name in dict.fromkeys(preset for it in wanted for preset in it.presets):
         preset = Preset.parse(name)
