@@ -21,6 +21,7 @@ from safetensors.torch import safe_open, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from streamgen.errors import InputError
 from streamgen.models.vae import StreamingVAE
 from streamgen.worlds.sprites.dataset import SpritesDataset, chunk_start
 from streamgen.worlds.sprites.language import (
@@ -125,10 +126,19 @@ class LatentClips:
         return int(rng.integers(len(self)) if self.odds is None else rng.choice(len(self), p=self.odds))
 
 
+def check_favoured(favour: Mapping[str, float]) -> None:
+    """Raises InputError for what is no motion or shape, or would never be drawn."""
+    for word, times in favour.items():
+        if word not in (*MOTIONS, *SHAPES):
+            raise InputError(f"flow.favour: {word!r} is no motion or shape: use {', '.join((*MOTIONS, *SHAPES))}")
+        if not times > 0:
+            raise InputError(f"flow.favour: {word} cannot be drawn {times} times as often: give a number above 0")
+
+
 def odds_of(scenes: list[list[tuple[int, Scene]]], favour: Mapping[str, float]) -> np.ndarray:
-    """[N] how probable each clip is, if those that show a motion of `favour` come up so many times as often."""
-    motions = [{actor.motion for _, scene in clip for actor in scene.actors} for clip in scenes]
-    weights = np.array([max(favour.get(motion, 1.0) for motion in shown) for shown in motions])
+    """[N] how probable each clip is, if those that show a word of `favour` come up so many times as often."""
+    words = [{word for _, scene in clip for a in scene.actors for word in (a.motion, a.shape)} for clip in scenes]
+    weights = np.array([max(favour.get(word, 1.0) for word in shown) for shown in words])
     return weights / weights.sum()
 
 

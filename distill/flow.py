@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamgen.distill.data import ClipSpec, LatentClips, build_clips, tell, vocabulary
+from streamgen.distill.data import ClipSpec, LatentClips, build_clips, check_favoured, tell, vocabulary
 from streamgen.evaluation.playing import Strip, draw_sheet, play
 from streamgen.evaluation.suites import find_suite
 from streamgen.evaluation.suites.base import Options, mean
@@ -60,8 +60,11 @@ class FlowTask:
     context_noise: float = 150.0  # history of half the clips is noised up to this timestep, and said to be
     gap: float = 0.25  # share of clips that jump between sink and window
     max_offset: int = 64
-    favour: dict[str, float] = field(default_factory=dict)  # motion -> how many times as often its clips are drawn
+    favour: dict[str, float] = field(default_factory=dict)  # motion or shape -> how many times as often it is drawn
     samples: int = 8
+
+    def __post_init__(self) -> None:
+        check_favoured(self.favour)
 
 
 @dataclass

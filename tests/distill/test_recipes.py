@@ -103,13 +103,20 @@ def test_prompts_of_a_step_are_on_the_training_side_and_say_what_changes():
         assert len(set(map(parse, prompts))) == len(set(scenes))
 
 
-def test_clips_of_favoured_motions_come_up_more_often():
-    scenes = [parse(f"a red square {motion} on a navy background") for motion in ("spinning", "pulsing", "circling")]
+def test_favoured_clips_come_up_more_often():
+    said = ("square spinning", "ring pulsing", "square circling")
+    scenes = [parse(f"a red {words} on a navy background") for words in said]
     clips = lambda favour: LatentClips(torch.zeros(3, 4, 3, 2, 2), [[(0, scene)] for scene in scenes], 3, favour)
     drawn = lambda it, rng: np.bincount([it.draw(rng) for _ in range(3000)], minlength=3) / 3000
     share = lambda favour: drawn(clips(favour), np.random.default_rng(0))
     assert share({}) == pytest.approx([1 / 3] * 3, abs=0.05)
-    assert share({"spinning": 6.0, "pulsing": 3.0}) == pytest.approx([0.6, 0.3, 0.1], abs=0.05)
+    assert share({"spinning": 6.0, "ring": 3.0}) == pytest.approx([0.6, 0.3, 0.1], abs=0.05)
+
+
+@pytest.mark.parametrize("favour", ["{spinnning: 2}", "{spinning: 0}"])
+def test_favouring_nothing_that_there_is_is_refused(favour):
+    with pytest.raises(InputError, match=r"flow\.favour: .*spinn"):
+        recipes.build("sprites/causal", [f"flow.favour={favour}"])
 
 
 def test_every_word_of_the_world_has_a_token():
