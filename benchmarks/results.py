@@ -21,11 +21,11 @@ from pathlib import Path
 PRINCIPAL = ("default", "self-forcing", "longlive", "rolling-forcing", "deep-forcing", "reward-forcing")
 MEMORY = (  # what could matter to what is kept
     "default",  # static sink of 3, packed positions, window 21, separate commit, recache
+    "default+restart=5",  # the control that remembers nothing
     "default+cache.sink=0", "default+cache.ema_decay=0.999", "default+cache.sink=10",  # none, EMA, deep
     "default+positions.rule=absolute",
     "default+cache.window=9", "default+cache.window=12",
     "default+cache.window=12+positions.rule=tri-region",  # as wide as the trained span, it would be packed
-    "default+restart=5",  # the control that remembers nothing
 )  # fmt: skip
 ABLATIONS = (
     *MEMORY,

@@ -19,8 +19,9 @@ from streamgen.evaluation.results import contenders, names_of, number, suites_of
 from streamgen.worlds.sprites.renderer import FPS
 
 WIDE, HIGH = 560, 300  # of a plot's area
-FEW, COLUMNS = 8, 4  # curves that share one area; areas side by side where there are more
-PANEL, SPACE = (170, 100), (34, 46)  # width and height of such an area, and what is between two
+FEW, COLUMNS = 4, 3  # curves that share one area; areas side by side where there are more
+MOST = 24  # points of a curve
+PANEL, SPACE = (230, 110), (34, 46)  # width and height of such an area, and what is between two
 GHOST = "#c9ced6"
 LEFT, TOP, BELOW, LEGEND = 56, 40, 44, 240
 INKS = (
@@ -229,6 +230,13 @@ def _point(record: dict[str, Any]) -> Point:
     return Point(0.0, value, low, high)
 
 
+def means(points: list[Point], count: int) -> list[Point]:
+    """Of every `count` neighbours, at the place of the first; their intervals too, which are wider than the mean's."""
+    groups = [points[i : i + count] for i in range(0, len(points), count)]
+    mean = lambda group, name: float(np.mean([getattr(point, name) for point in group]))
+    return [Point(g[0].x, *(mean(g, name) for name in ("value", "low", "high"))) for g in groups]
+
+
 def _over_time(metric: str, title: str) -> Callable[[dict[str, Any], str], np.ndarray | None]:
     def draw(results: dict[str, Any], suite: str) -> np.ndarray | None:
         start = f"{metric}@"
@@ -240,7 +248,9 @@ def _over_time(metric: str, title: str) -> Callable[[dict[str, Any], str], np.nd
         for second in at:
             for name, point in _found(results, suite, f"{start}{second}").items():
                 series.setdefault(name, []).append(Point(second, point.value, point.low, point.high))
-        across = "seconds (beginning of a 5 s bin)"
+        together = -(-len(at) // MOST)
+        series = {name: means(points, together) for name, points in series.items()}
+        across = f"seconds (beginning of {5 * together} s)"
         return lines(f"{suite}: {title}", across, "share of clips", series, (-0.02, 1.02)) if series else None
 
     return draw

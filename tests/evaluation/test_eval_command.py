@@ -357,6 +357,13 @@ def test_many_curves_have_an_area_each():
     assert np.ptp(rows(charts.FEW + 1)) > charts.PANEL[1] * charts.SCALE  # every curve has it, in an area of its own
 
 
+def test_long_curves_are_thinned():
+    points = [charts.Point(5 * i, i % 2, 0, 1) for i in range(7)]
+    assert charts.means(points, 1) == points
+    thin = charts.means(points, 4)
+    assert [(p.x, p.value, p.low, p.high) for p in thin] == [(0, 0.5, 0, 1), (20, pytest.approx(1 / 3), 0, 1)]
+
+
 def test_a_single_preset_is_told_by_parts(evaluate, pipes):
     assert evaluate("--suites", "identity-10", "--prompts", 3)[0] == 0
     text = Path("out/results.md").read_text()
