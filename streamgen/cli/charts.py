@@ -16,6 +16,7 @@ from PIL import Image
 
 from streamgen.cli.plots import FAINT, INK, LINE, MARGIN, PAPER, SCALE, Sheet, save
 from streamgen.evaluation.results import contenders, names_of, number, suites_of
+from streamgen.evaluation.suites.base import BIN
 from streamgen.worlds.sprites.renderer import FPS
 
 WIDE, HIGH = 560, 300  # of a plot's area
@@ -250,7 +251,7 @@ def _over_time(metric: str, title: str) -> Callable[[dict[str, Any], str], np.nd
                 series.setdefault(name, []).append(Point(second, point.value, point.low, point.high))
         together = -(-len(at) // MOST)
         series = {name: means(points, together) for name, points in series.items()}
-        across = f"seconds (beginning of {5 * together} s)"
+        across = f"seconds (beginning of {together * BIN // FPS} s)"
         return lines(f"{suite}: {title}", across, "share of clips", series, (-0.02, 1.02)) if series else None
 
     return draw
