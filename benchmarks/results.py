@@ -48,7 +48,7 @@ class Comparison:
     prompts: int
 
 
-def comparisons(prompts: int, long_prompts: int, few: int, long_few: int) -> list[Comparison]:
+def comparisons(prompts: int, long_prompts: int, few: int, long_few: int, longest: int) -> list[Comparison]:
     """In the order in which they are measured."""
     from streamgen.config import available
 
@@ -59,7 +59,7 @@ def comparisons(prompts: int, long_prompts: int, few: int, long_few: int) -> lis
         Comparison("minute", PRINCIPAL, ("long",), long_prompts),
         Comparison("others", others, ("short", "switch"), few),
         Comparison("others-minute", others, ("long",), long_few),
-        Comparison("ten-minutes", LONGEST, ("long-600",), max(1, long_few // 2)),  # bins: its first 300 s are in it
+        Comparison("ten-minutes", LONGEST, ("long-600",), longest),  # bins: its first 300 s are in it
         Comparison("ablations", ABLATIONS, ("long",), long_few),
         Comparison("switching", (*ABLATIONS, *SWITCHES), ("switch",), few),
         Comparison("keeping", MEMORY, ("identity", "memory"), long_few),
@@ -98,8 +98,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=180, help="after which nothing more is begun (180)")
     parser.add_argument("--prompts", type=int, default=32, help="of short and switch, six presets (32)")
     parser.add_argument("--long-prompts", type=int, default=8, help="of a minute, six presets (8)")
-    parser.add_argument("--few", type=int, default=8, help="of short and switch, all others (8)")
-    parser.add_argument("--long-few", type=int, default=4, help="of a minute, all others; ten minutes: half (4)")
+    parser.add_argument("--few", type=int, default=6, help="of short and switch, all others (6)")
+    parser.add_argument("--long-few", type=int, default=3, help="of a minute, all others (3)")
+    parser.add_argument("--longest", type=int, default=2, help="of ten minutes (2)")
     parser.add_argument("--only", help="names of comparisons, with commas: model, presets, minute, …")
     parser.add_argument("--model", default="sprites")
     parser.add_argument("--split", default="test", choices=("val", "test"))
@@ -112,14 +113,18 @@ def main() -> int:
 
     end = time.monotonic() + 60 * args.minutes
     args.output.mkdir(parents=True, exist_ok=True)
-    wanted = comparisons(args.prompts, args.long_prompts, args.few, args.long_few)
+    wanted = comparisons(args.prompts, args.long_prompts, args.few, args.long_few, args.longest)
+    known = [it.folder for it in wanted]
+    only = args.only.split(",") if args.only else known
+    if set(only) - set(known):
+        parser.error(f"--only {args.only}: choose of {', '.join(known)}")
     for it in wanted:
-        if args.only and it.folder not in args.only.split(",") or time.monotonic() >= end:
+        if it.folder not in only or time.monotonic() >= end:
             continue
         code = evaluate(it, it.presets, args, max(1.0, end - time.monotonic()))
         if code == 130 and (done := finished(it, args)):
             code = evaluate(it, done, args, 600.0)  # the files of what is there
-        if code not in (0, 1, 130):  # bad input: it has said why
+        if code not in (0, 130):  # it has said why, and a report would hide it
             return code
     folders = [str(args.output / it.folder) for it in wanted if (args.output / it.folder / "results.json").is_file()]
     command = [sys.executable, "-m", "streamgen", "eval", "report", *folders, "--output", str(args.report)]

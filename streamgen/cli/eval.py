@@ -2,8 +2,8 @@
 
 `eval video`, `eval vbench` and `eval vbench-results`, for any model, are in modules of their own.
 
-    streamgen eval --presets default,self-forcing --suites short,switch --prompts 32 --output runs/compare
-    streamgen eval report runs/compare runs/long-300 --output docs/results.md
+    streamgen eval --presets default,self-forcing --suites short,switch --prompts 32 --output compare
+    streamgen eval report compare long-300 --output docs/results.md
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ of any model, each with its own --help:
   streamgen eval vbench-results FILE...         what they found, as a table
 
 examples:
-  streamgen eval --presets default,self-forcing --suites short,switch --prompts 32 --output runs/compare
-  streamgen eval report runs/compare --output docs/results.md
+  streamgen eval --presets default,self-forcing --suites short,switch --prompts 32 --output compare
+  streamgen eval report compare --output docs/results.md
 """
 ELSEWHERE = {  # action -> module of this package, and what makes its parser, whose default `run` does it
     "video": ("eval_video", "parser"),
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if not args.output:
-        raise InputError("--output is missing: say where results go, e.g. --output runs/eval")
+        raise InputError("--output is missing: say where results go, e.g. --output eval")
     return _report(args) if args.words else _evaluate(args)
 
 
@@ -152,7 +152,7 @@ def _units(args: argparse.Namespace, suites: Sequence[str]) -> list:
     from streamgen.config import SWITCH_MODES, check_choice
     from streamgen.device import default_dtype, resolve_device, resolve_dtype
     from streamgen.evaluation.runner import Unit
-    from streamgen.evaluation.suites.base import Options
+    from streamgen.evaluation.suites.base import MEASURES, Options
 
     if args.switch_mode is not None:
         check_choice("--switch-mode", args.switch_mode, SWITCH_MODES)
@@ -163,13 +163,13 @@ def _units(args: argparse.Namespace, suites: Sequence[str]) -> list:
         settings = hub.model_settings(model)
         weights = records.stamp(model, [args.checkpoint])
         for preset in names(args.presets, "presets") if args.presets is not None else [settings.preset]:
-            facts = {"weights": weights, "configuration": _digest(preset, settings), "device": str(device)}
-            facts |= {"dtype": dtype, "checkpoint": args.checkpoint}
+            facts = {"weights": weights, "configuration": digest(preset, settings), "device": str(device)}
+            facts |= {"dtype": dtype, "checkpoint": args.checkpoint, "measures": MEASURES}
             units += [Unit(model, preset, suite, options, facts, args.batch, args.switch_mode) for suite in suites]
     return units
 
 
-def _digest(preset: str, settings) -> str:
+def digest(preset: str, settings) -> str:
     """Of the configuration that a preset resolves to on a model."""
     from omegaconf import OmegaConf
 
@@ -186,14 +186,15 @@ def _write(args: argparse.Namespace, units: Sequence, raws: Sequence[dict[str, A
     """The report's files; names on stdout."""
     from streamgen.cli.charts import draw_results
     from streamgen.cli.confusions import failings
-    from streamgen.evaluation.results import TIMED, load_results, summary, write_json
+    from streamgen.evaluation.results import TIMED, load_results, summary, versions, write_json
 
     setting = {
         "models": list(dict.fromkeys(unit.model for unit in units)),
         "presets": list(dict.fromkeys(unit.preset for unit in units)),
         "suites": list(dict.fromkeys(unit.suite for unit in units)),
         **{name: getattr(args, name) for name in ("prompts", "seed", "split", "batch", "switch_mode", "checkpoint")},
-        "device": units[0].facts["device"], "dtype": units[0].facts["dtype"], "versions": _versions(),
+        "weights": {unit.model: unit.facts["weights"] for unit in units},
+        "device": units[0].facts["device"], "dtype": units[0].facts["dtype"], "versions": versions(raws),
     }  # fmt: skip
     apart = {"results.json": False, "latency.json": True}
     for name, timed in apart.items():
@@ -210,12 +211,6 @@ def _write(args: argparse.Namespace, units: Sequence, raws: Sequence[dict[str, A
         print(folder / file)
 
 
-def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    from streamgen import __version__
-
-    return {"streamgen": __version__, **{name: metadata.version(name) for name in ("torch", "numpy")}}
 
 
 # ------------------------------------------------------------------------------------------- the report
@@ -228,9 +223,10 @@ def section(results: dict[str, Any], title: str, pictures: dict[str, list[str]])
 
     it = results["setting"]
     versions = ", ".join(f"{name} {version}" for name, version in it["versions"].items())
+    models = ", ".join(f"{name} ({it['weights'][name][:6]})" for name in it["models"])
     lines = [
         f"## {title}", "",
-        f"{', '.join(it['models'])} · {it['prompts']} prompts of `{it['split']}` per suite, seed {it['seed']} · "
+        f"{models} · {it['prompts']} prompts of `{it['split']}` per suite, seed {it['seed']} · "
         f"{it['device']}, {it['dtype']} · {versions}", "",
     ]  # fmt: skip
     for suite in suites_of(results):
@@ -242,11 +238,13 @@ def section(results: dict[str, Any], title: str, pictures: dict[str, list[str]])
 
 def glossary(all_results: Sequence[dict[str, Any]]) -> list[str]:
     """How to read the tables, and what the suites of some results mean."""
-    from streamgen.evaluation.results import suites_of
+    from streamgen.evaluation.results import ENOUGH, suites_of
 
     read = (
         "Values are means over clips with 95 % bootstrap intervals; ▲ ▼: above or below the first row on the same "
-        "prompts and seeds, with an interval of the differences that leaves 0 out; –: undefined, or not measured."
+        f"prompts and seeds, with an interval of the differences that leaves 0 out (of {ENOUGH} pairs or more); n: how "
+        "many clips a value has, where that is not all of them; –: undefined, or not measured. Weights are told apart "
+        "by the digits behind a model's name."
     )
     suites = dict.fromkeys(suite for results in all_results for suite in suites_of(results))
     meanings = [f"- `{suite}`: {find_suite(suite).purpose}." for suite in suites]

@@ -1,8 +1,8 @@
 """`streamgen eval vbench`: the folder that VBench and VBench-Long read; `eval vbench-results`: what they found.
 
-    streamgen eval vbench --prompts prompts.txt --preset longlive --samples 5 --output runs/vbench
-    streamgen eval vbench --prompts prompts.txt --videos clips/ --output runs/vbench
-    streamgen eval vbench-results evaluation_results/*_eval_results.json --output runs/vbench-found
+    streamgen eval vbench --prompts prompts.txt --preset longlive --samples 5 --output vbench
+    streamgen eval vbench --prompts prompts.txt --videos clips/ --output vbench
+    streamgen eval vbench-results evaluation_results/*_eval_results.json --output vbench-found
 
 VBench itself is not needed here: it is run in between, on what the first command prints.
 """
@@ -16,14 +16,16 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from streamgen.cli.eval import LOADING, MODEL, load
+from streamgen.cli.eval import LOADING, MODEL, digest, load
 from streamgen.cli.parsing import Parser, positive, read_text, whole
 from streamgen.errors import InputError
 
 log = logging.getLogger(__name__)
 
 SECONDS = 5.0
+SETTINGS = "settings.json"  # beside the lists of prompts
 EPILOG = """\
 FILE is one prompt per line, or VBench's own VBench_full_info.json, whose labels are kept
 --videos: as many .mp4 files as prompts x samples, sorted by name: the samples of the first prompt, of the second, …
@@ -54,6 +56,7 @@ def parser(prog: str) -> Parser:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from streamgen.evaluation.results import write_json
     from streamgen.evaluation.vbench import entries, read_full_info, write_layout
 
     if args.prompts.endswith(".json"):
@@ -61,7 +64,12 @@ def _run(args: argparse.Namespace) -> int:
     else:
         prompts = entries([line.strip() for line in read_text(args.prompts).splitlines() if line.strip()])
     given = None if args.videos is None else _given(Path(args.videos), len(prompts) * args.samples)
+    settings = _settings(args, [entry.prompt for entry in prompts], given)
+    _check_same(Path(args.output), settings)
     layout = write_layout(args.output, prompts, args.samples, numbered=args.numbered, long=args.long)
+    if strangers := layout.strangers():
+        raise InputError(f"{strangers[0]} is none of these videos, and VBench would measure it: give another --output")
+    write_json(layout.folder / SETTINGS, settings)
     if given is not None:
         for source, (_, _, target) in zip(given, layout.videos(), strict=True):
             _put(functools.partial(_link, source), layout.folder, target)
@@ -75,6 +83,33 @@ def _run(args: argparse.Namespace) -> int:
     lists += f" --prompt_file {layout.folder / 'prompts.json'}" if args.numbered and not args.long else ""
     print(f"--videos_path {layout.videos_path}{lists} --mode {layout.mode}")
     return 0
+
+
+def _settings(args: argparse.Namespace, prompts: list[str], given: list[Path] | None) -> dict[str, Any]:
+    """What the videos of a folder follow from, beside their names."""
+    own = {"numbered": prompts if args.numbered else None}
+    if given is not None:
+        return {**own, "videos": [str(path.resolve()) for path in given]}
+    from streamgen import hub
+    from streamgen.cli import records
+
+    known = hub.model_settings(args.model)
+    preset = args.preset or known.preset
+    named = {"model": args.model, "checkpoint": args.checkpoint, "dtype": args.dtype, "preset": preset}
+    facts = {"weights": records.stamp(args.model, [args.checkpoint]), "configuration": digest(preset, known)}
+    return {**own, **named, **facts, "seed": args.seed, "seconds": args.seconds}
+
+
+def _check_same(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises InputError where videos of something else lie."""
+    from streamgen.evaluation.results import read_json
+
+    path, instead = folder / SETTINGS, "give another --output"
+    if path.is_file():
+        was = read_json(path, (), instead)
+        apart = [key for key in {**was, **settings} if was.get(key, ...) != settings.get(key, ...)]
+        if apart:
+            raise InputError(f"{folder} holds videos of other settings ({', '.join(apart)}): {instead}")
 
 
 def _given(folder: Path, count: int) -> list[Path]:

@@ -1,7 +1,7 @@
 """`streamgen eval video`: metrics of any video of any model, and how far a set of them is from a reference set.
 
     streamgen eval video clips/ story.mp4 --chunk-frames 9,12
-    streamgen eval video clips/ --reference truth/ --features vae --output runs/clips
+    streamgen eval video clips/ --reference truth/ --features vae --output distances
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from streamgen.evaluation.suites import find_suite
 VERSION = 1
 DIGITS = 6
 TIMED = "latency"
+ENOUGH = 6  # pairs for a mark: fewer agree in sign by chance more often than 5 times of 100
 FIELDS = ("model", "preset", "suite", "metric", "value", "low", "high", "n")
-# {"settings": …, "cases": [{"prompts", "seed", "part", "values", also "said", "pairs"}], "failure": line or None, also
-# "confusions": what became of the pairs}
+# {"settings": …, "versions": …, "cases": [{"prompts", "seed", "part", "values", also "said", "pairs"}], "failure": line
+# or None, also "confusions": what became of the pairs}
 Raw = dict[str, Any]
 
 
@@ -62,7 +64,7 @@ def read_json(path: Path, keys: Sequence[str], again: str) -> dict[str, Any]:
 def read_raw(path: Path) -> Raw:
     """Raises InputError for a file that is no raw result."""
     again = "delete it, or give --overwrite, to measure that again"
-    raw = read_json(path, ("settings", "cases", "failure"), again)
+    raw = read_json(path, ("settings", "versions", "cases", "failure"), again)
     whole = isinstance(raw["settings"], dict) and isinstance(raw["cases"], list)
     if not whole or not all(isinstance(c, dict) and isinstance(c.get("values"), dict) for c in raw["cases"]):
         raise InputError(f"{path} is damaged: its cases have no values; {again}")
@@ -111,6 +113,19 @@ def differences(raws: Sequence[Raw], seed: int) -> Iterator[dict[str, Any]]:
         for name in _names(raw):
             found = paired_interval(_series(raw, name), _series(base, name), seed)
             yield {**who, "metric": name, "to": base["settings"]["preset"], **_interval(*found)}
+
+
+def made_with() -> dict[str, str]:
+    """Versions that last bits may depend on."""
+    from streamgen import __version__
+
+    return {"streamgen": __version__, **{name: metadata.version(name) for name in ("torch", "numpy")}}
+
+
+def versions(raws: Sequence[Raw]) -> dict[str, str]:
+    """What raw results were measured with; several where a comparison went on after an update."""
+    found = [raw["versions"] for raw in raws]
+    return {name: " and ".join(dict.fromkeys(each[name] for each in found)) for name in found[0]}
 
 
 def summary(raws: Sequence[Raw], setting: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -163,8 +178,11 @@ def suites_of(results: dict[str, Any]) -> list[str]:
 
 
 def table(results: dict[str, Any], suite: str) -> str:
-    """Markdown: a row per contender, and per part where there is one alone; a column per headline metric. ▲ ▼ = the
-    interval of the difference to the first preset leaves 0 out (up and down are directions, not praise)."""
+    """Markdown: a row per contender, and per part where there is one alone; a column per headline metric.
+
+    Of values that fewer clips have than others of their row, their number is said. ▲ ▼ = the interval of the difference
+    to the first preset leaves 0 out (up and down are directions, not praise).
+    """
     key = lambda item: (item["model"], item["preset"], item["metric"])
     found = {key(r): r for r in results["records"] if r["suite"] == suite}
     apart = {key(d): d for d in results["differences"] if d["suite"] == suite}
@@ -172,8 +190,10 @@ def table(results: dict[str, Any], suite: str) -> str:
     lines = [f"| {suite} | {' | '.join(headline)} |", f"|---|{'---|' * len(headline)}"]
     for who, title in titles.items():
         for part in ("", *_parts(found) * (len(titles) == 1)):
-            cells = (result_cell(found.get((*who, name + part)), apart.get((*who, name + part))) for name in headline)
-            lines.append(f"| {title}{part and f' {part}'} | {' | '.join(cells)} |")
+            row = [(found.get((*who, name + part)), apart.get((*who, name + part))) for name in headline]
+            most = max((record["n"] for record, _ in row if record), default=0)
+            cells = (result_cell(record, difference, most) for record, difference in row)
+            lines.append(f"| {title}{part and f' {part}, n={most}'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -182,16 +202,17 @@ def _parts(metrics: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(metric[metric.index("[") :] for *_, metric in metrics if "[" in metric))
 
 
-def result_cell(record: dict[str, Any] | None, difference: dict[str, Any] | None = None) -> str:
-    """A value with its interval, and its mark."""
+def result_cell(record: dict[str, Any] | None, difference: dict[str, Any] | None = None, most: int = 0) -> str:
+    """A value with its interval, its mark, and how many clips have it if that is less than `most`."""
     if record is None or record["value"] is None:
         return "–"
     mark = ""
-    if difference is not None and difference["low"] is not None:  # of a single pair there is no interval
+    if difference is not None and difference["n"] >= ENOUGH:
         mark = " ▲" if difference["low"] > 0 else " ▼" if difference["high"] < 0 else ""
+    few = f" (n={record['n']})" if record["n"] < most else ""
     if record["low"] is None:
-        return number(record["value"])
-    return f"{number(record['value'])} [{number(record['low'])}, {number(record['high'])}]{mark}"
+        return number(record["value"]) + few
+    return f"{number(record['value'])} [{number(record['low'])}, {number(record['high'])}]{few}{mark}"
 
 
 def number(value: float) -> str:

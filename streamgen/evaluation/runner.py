@@ -12,15 +12,18 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from torch import OutOfMemoryError
+
 from streamgen.errors import BrokenStreamError, InputError, UnavailableError
 from streamgen.evaluation.confusions import count
 from streamgen.evaluation.playing import Strip, draw_sheet, play
-from streamgen.evaluation.results import DIGITS, TIMED, Raw, read_raw, slug, write_json
+from streamgen.evaluation.results import DIGITS, TIMED, Raw, made_with, read_raw, slug, write_json
 from streamgen.evaluation.suites import find_suite
 from streamgen.evaluation.suites.base import Options, Values
 from streamgen.evaluation.suites.scenes import ATTRIBUTES
@@ -142,13 +145,13 @@ def _draw_worst(path: Path, strips: Sequence[Strip], found: list[dict[str, Any]]
 
 def run_unit(unit: Unit, folder: Path, load: Load, tell: Callable[[int], None] = NO_FRAMES) -> Raw:
     """Measure a unit and write its raw result. What the model or preset refuses is the result, then."""
-    raw: Raw = {"settings": unit.settings(), "failure": None, "cases": []}
+    raw: Raw = {"settings": unit.settings(), "versions": made_with(), "failure": None, "cases": []}
     try:
         raw["cases"] = measure(_loaded(load, unit), unit, folder, tell)
         raw["confusions"] = count(case["pairs"] for case in raw["cases"] if "pairs" in case)
     except UnavailableError:
         raise
-    except (InputError, BrokenStreamError, FloatingPointError) as error:
+    except (InputError, BrokenStreamError, FloatingPointError, MemoryError, OutOfMemoryError) as error:
         raw["failure"] = " ".join(str(error).split())
     write_json(raw_path(folder, unit), raw)
     return raw
@@ -231,6 +234,11 @@ def _pooled(units: Sequence[Unit], folder: Path, load: Load, jobs: int, tell: Ca
                 unit = waiting[future]
                 found[unit.name] = _reported(future.result())
                 tell(unit.frames)
+        except BrokenProcessPool:
+            raise UnavailableError(
+                "a process was killed, most likely for memory: the same command with fewer --jobs, or a smaller "
+                "--batch, measures the rest"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

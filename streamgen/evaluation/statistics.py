@@ -4,7 +4,8 @@
     paired_interval(ours, baseline)                    # the same prompts and seeds, clip by clip
 
 Undefined values (None, not finite) are dropped, in pairs where there are pairs; `n` says what was left. Intervals are
-those of percentiles and deterministic for a seed; from very few clips (n < 10) they are somewhat too narrow.
+those of percentiles and deterministic for a seed; from few clips (n < 10) they are
+too narrow: of three they are the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -86,42 +87,6 @@ def paired_interval(
     """
     table = _columns(values, baseline)
     return mean_interval(table[:, 0] - table[:, 1], seed, level=level, resamples=resamples)
-
-
-def unpaired_interval(
-    values: Values, baseline: Values, seed: int = 0, *, level: float = 0.95, resamples: int = RESAMPLES
-) -> Interval:
-    """Mean of values - mean of baseline for clips that do not belong together; n counts the smaller side."""
-    ours, theirs = _columns(values)[:, 0], _columns(baseline)[:, 0]
-    n = min(len(ours), len(theirs))
-    if not n:
-        return Interval(None, None, None, 0)
-    ends = None
-    if n > 1:
-        ends = _bootstrap([ours, theirs], lambda a, b: a.mean(1) - b.mean(1), level, seed, resamples)
-    return Interval(float(ours.mean() - theirs.mean()), *(ends or (None, None)), n)
-
-
-def _slopes(table: np.ndarray) -> np.ndarray:
-    """Least-squares slopes of [r, N, 2] (x, y): [r], NaN where x is constant."""
-    centred = table - table.mean(1, keepdims=True)
-    x, y = centred[..., 0], centred[..., 1]
-    flat = np.ptp(table[..., 0], axis=1) == 0  # asked of x itself: its mean may be off by rounding
-    return np.where(flat, np.nan, (x * y).sum(1) / np.where(flat, 1, (x * x).sum(1)))
-
-
-def slope_interval(x: Values, y: Values, seed: int = 0, *, level: float = 0.95, resamples: int = RESAMPLES) -> Interval:
-    """Least-squares slope of y over x, in y's unit per unit of x; points are resampled, so y's spread may vary with x.
-
-    Returns: n points; no value below two different x, no interval below three points.
-    Raises: InputError for unequal lengths.
-    """
-    table = _columns(x, y)
-    value = float(_slopes(table[None])[0]) if len(table) > 1 else np.nan
-    if not np.isfinite(value):
-        return Interval(None, None, None, len(table))
-    ends = _bootstrap([table], _slopes, level, seed, resamples) if len(table) > 2 else None
-    return Interval(value, *(ends or (None, None)), len(table))
 
 
 def summary(clips: Sequence[Mapping[str, float | None]], **options) -> dict[str, Interval]:

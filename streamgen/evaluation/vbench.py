@@ -95,6 +95,11 @@ class Layout:
             for sample in range(self.samples):
                 yield entry.prompt, sample, self.video(index, sample)
 
+    def strangers(self) -> list[Path]:
+        """Files among the videos that are none of these: VBench would measure them too."""
+        known = {path for _, _, path in self.videos()}
+        return sorted(path for path in self.videos_path.iterdir() if path not in known)
+
     def missing(self) -> list[Path]:
         """Videos that are not there yet."""
         return [path for _, _, path in self.videos() if not path.is_file()]

@@ -99,21 +99,15 @@ def video_metrics(frames: np.ndarray, fps: float, chunk_frames: int | Sequence[i
 
 
 def _runs(path: str | os.PathLike[str], count: int = 16) -> Iterator[np.ndarray]:
-    """Frames of a file, a few at a time. Raises: InputError, also where reading breaks off."""
-    from streamgen.media import MediaError, iter_video
+    """Frames of a file, a few at a time. Raises: InputError."""
+    from streamgen.media import iter_video
 
     waiting: list[np.ndarray] = []
-    try:
-        for frame in iter_video(path):
-            if waiting and (len(waiting) == count or frame.shape != waiting[0].shape):
-                yield np.stack(waiting)
-                waiting = []
-            waiting.append(frame)
-    except MediaError:  # no ffmpeg: not the file's fault
-        raise
-    except (OSError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(": ")
-        raise InputError(f"cannot read {path}: it is damaged ({reason}); give another file") from None
+    for frame in iter_video(path):
+        if waiting and (len(waiting) == count or frame.shape != waiting[0].shape):
+            yield np.stack(waiting)
+            waiting = []
+        waiting.append(frame)
     if waiting:
         yield np.stack(waiting)
 

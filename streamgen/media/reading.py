@@ -57,13 +57,25 @@ def iter_video(path: str | os.PathLike[str]) -> Iterator[np.ndarray]:
         from PIL import Image
 
         for name in frame_files(Path(path)):
-            with Image.open(name) as image:
-                yield np.array(image.convert("RGB"))
+            try:
+                with Image.open(name) as image:
+                    frame = np.array(image.convert("RGB"))
+            except (OSError, SyntaxError) as error:  # Pillow says SyntaxError for some of what may be wrong
+                raise _damaged(name, error) from None
+            yield frame
         return
     info, frames = _open_video(path)
     with contextlib.closing(frames):  # type: ignore[type-var]
-        for data in frames:
-            yield np.frombuffer(data, np.uint8).reshape(info.height, info.width, 3)
+        try:
+            for data in frames:
+                yield np.frombuffer(data, np.uint8).reshape(info.height, info.width, 3)
+        except (OSError, RuntimeError) as error:
+            raise _damaged(path, error) from None
+
+
+def _damaged(path: str | os.PathLike[str], error: Exception) -> InputError:
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(": ")
+    return InputError(f"cannot read {path}: it is damaged ({reason}); give another file")
 
 
 def read_video(path: str | os.PathLike[str]) -> np.ndarray:

@@ -15,10 +15,11 @@ import torch
 from streamgen.cli import charts, confusions, main
 from streamgen.cli import eval as command
 from streamgen.errors import InputError
+from streamgen.evaluation import runner
 from streamgen.evaluation.playing import RESTART, batches, play
-from streamgen.evaluation.results import FIELDS
+from streamgen.evaluation.results import FIELDS, result_cell
 from streamgen.evaluation.runner import Preset
-from streamgen.evaluation.suites import latency
+from streamgen.evaluation.suites import base, latency
 from streamgen.evaluation.suites.base import Case, Judge
 from streamgen.worlds.sprites import Change, Timeline, parse
 from streamgen.worlds.sprites.renderer import SIZE, draw
@@ -31,6 +32,7 @@ class Painter:
     """A pipeline whose streams are the world's own: 9 frames, then 12 at a time. `flaw`: deaf | refuses | blue."""
 
     settings = SimpleNamespace(height=None, width=None)
+    transformer = SimpleNamespace(device=torch.device("cpu"))
 
     def __init__(self, flaw: str | None = None) -> None:
         self.flaw, self.streams, self.modes = flaw, [], []
@@ -240,7 +242,7 @@ def test_latency_is_kept_apart(evaluate, pipes, monkeypatch):
 
 def test_what_is_confused_is_drawn_and_the_worst_are_shown(evaluate, pipes):
     pipes["default"] = Painter("blue")
-    argv = ("--suites", "short", "--prompts", 3, "--presets", "default,self-forcing")
+    argv = ("--suites", "short", "--prompts", 6, "--presets", "default,self-forcing")
     assert evaluate(*argv)[0] == 0
     raw = json.loads(Path("out/raw/sprites--default--short.json").read_text())
     named = [named for case in raw["cases"] for named, _ in case["pairs"]["colour"]]
@@ -264,8 +266,35 @@ def test_what_is_confused_is_drawn_and_the_worst_are_shown(evaluate, pipes):
     assert f"(results/out-{worst})" in report and Path(f"results/out-{worst}").is_file()
     assert Path("results/out-sprites--default--short--confusions.png").is_file()
     assert "- self-forcing: short: what" not in report  # pictures of the first preset alone
+    Path("out/sheets", worst).unlink()  # without the picture, nothing is said that is not so
+    assert evaluate(*argv)[0] == 0 and Path("out/results.md").read_text().count("no clip has a wrong attribute") == 1
     pipes["default"] = Painter()
     assert evaluate(*argv, "--overwrite")[0] == 0 and not Path("out/sheets", worst).exists()
+
+
+def test_marks_take_six_pairs_and_a_smaller_number_is_said():
+    record = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 5}
+    apart = {"value": 0.2, "low": 0.1, "high": 0.3, "n": 5}
+    assert result_cell(record, apart, 5) == "0.50 [0.40, 0.60]"
+    assert result_cell(record, {**apart, "n": 6}, 8) == "0.50 [0.40, 0.60] (n=5) ▲"
+
+
+def test_results_of_other_measures_are_not_gone_on_with(evaluate, pipes, monkeypatch):
+    argv = ("--suites", "short", "--prompts", 1)
+    assert evaluate(*argv)[0] == 0
+    monkeypatch.setattr(base, "MEASURES", base.MEASURES + 1)
+    code, _, err = evaluate(*argv)
+    assert code == 2 and "measures was" in err and err.count("\n") == 1
+    assert json.loads(Path("out/results.json").read_text())["setting"]["versions"]["torch"] == torch.__version__
+
+
+def test_a_preset_that_does_not_fit_into_memory_is_a_line(evaluate, pipes, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(runner, "measure", full)
+    assert evaluate("--suites", "short", "--prompts", 1)[0] == 1
+    assert json.loads(Path("out/results.json").read_text())["failures"][0]["failure"] == "CUDA out of memory"
 
 
 def test_a_matrix_shows_how_often_and_how_right():
@@ -367,7 +396,7 @@ def test_long_curves_are_thinned():
 def test_a_single_preset_is_told_by_parts(evaluate, pipes):
     assert evaluate("--suites", "identity-10", "--prompts", 3)[0] == 0
     text = Path("out/results.md").read_text()
-    assert "| default [leaving] |" in text and "| default [open] |" in text
+    assert "| default [leaving], n=" in text and "| default [open], n=" in text
 
 
 # ------------------------------------------------------------------------------------------- a real model

@@ -175,6 +175,13 @@ def test_vbench_gets_its_videos_and_an_interruption_costs_one(evaluate, monkeypa
     assert out == f"--videos_path {videos} --full_json_dir vb/full_info.json --mode long_vbench_standard\n"
     pipes[0] = None
     assert evaluate(*argv)[0] == 0  # nothing is loaded
+    for more, words in (
+        (("--preset", "longlive"), "videos of other settings (preset, configuration)"),
+        (("--seed", 8), "other settings (seed)"),
+        (("--samples", 1), "a cat-1.mp4 is none of these videos"),
+    ):
+        code, out, err = evaluate(*argv, *more)
+        assert (code, out, err.count("\n")) == (2, "", 1) and words in err, err
 
 
 def test_vbench_takes_rendered_clips(evaluate):
@@ -186,7 +193,7 @@ def test_vbench_takes_rendered_clips(evaluate):
     assert Path("vb/videos/00001-0.mp4").read_bytes() == b"\x02"
     for more, words in (
         (("--samples", 3, "--numbered"), "holds 4 .mp4 files, and prompts x samples are 6"),
-        (("--samples", 2), "cannot be a file name"),
+        (("--samples", 2, "--output", "other"), "cannot be a file name"),
         (("--samples", 2, "--videos", "away"), "no such folder"),
         (("--samples", 2, "--prompts", "away"), "cannot read away"),
     ):
@@ -274,7 +281,7 @@ def test_every_comparison_of_the_results_fits_the_embedded_model():
     from streamgen.evaluation.suites import find_suite
 
     settings, wrong = hub.model_settings("sprites"), []
-    wanted = benchmark("results").comparisons(4, 2, 2, 1)
+    wanted = benchmark("results").comparisons(4, 2, 2, 1, 1)
     assert len({it.folder for it in wanted}) == len(wanted)
     for name in dict.fromkeys(preset for it in wanted for preset in it.presets):
         preset = Preset.parse(name)

@@ -13,9 +13,7 @@ from streamgen.evaluation.statistics import (
     Interval,
     mean_interval,
     paired_interval,
-    slope_interval,
     summary,
-    unpaired_interval,
 )
 
 
@@ -46,9 +44,9 @@ def test_a_seed_says_everything(monkeypatch):
     values = normal(50).tolist()
     assert mean_interval(values, seed=3) == mean_interval(values, seed=3) != mean_interval(values, seed=4)
     assert mean_interval([1.0, 1.0], 3)._asdict() == {"value": 1, "low": 1, "high": 1, "n": 2}
-    one_block = unpaired_interval(values, values[:20])
+    one_block = mean_interval(values)
     monkeypatch.setattr(statistics, "BLOCK_ENTRIES", 50 * 300)  # resampled in seven blocks
-    assert unpaired_interval(values, values[:20]) == one_block
+    assert mean_interval(values) == one_block
 
 
 def test_undefined_values_are_dropped():
@@ -66,29 +64,9 @@ def test_pairs_are_dropped_together():
 
 def test_pairing_narrows_the_interval_of_correlated_clips():
     clips, change = 3 * normal(40), 0.3 + 0.1 * normal(40, seed=1)
-    paired, unpaired = paired_interval(clips + change, clips), unpaired_interval(clips + change, clips)
-    assert paired.value == pytest.approx(unpaired.value)
-    assert width(paired) < width(unpaired) / 10
-    assert 0 < paired.low < paired.high < 0.5 and unpaired.low < 0 < unpaired.high
-
-
-def test_unpaired_sides_vary_apart():
-    found = unpaired_interval([*normal(60), None], 1 + normal(30, seed=2))
-    assert found.n == 30 and found.high < -0.3
-    assert width(found) == pytest.approx(2 * 1.96 * math.sqrt(1 / 60 + 1 / 30), rel=0.25)
-    assert unpaired_interval([1.0], [None]).value is None
-    assert unpaired_interval([1.0], [3.0, 4.0]) == Interval(-2.5, None, None, 1)
-
-
-def test_slope_with_its_interval():
-    x = np.linspace(0, 10, 60)
-    found = slope_interval(x, 3 - 0.5 * x + 0.2 * normal(60))
-    assert found.low < -0.5 < found.high and width(found) < 0.1 and found.n == 60
-    exact = slope_interval([0, 1, None, 2], [1.0, 3.0, 0.0, 5.0])
-    assert (exact.value, exact.n) == (2, 3) and (exact.low, exact.high) == (pytest.approx(2), pytest.approx(2))
-    assert slope_interval([0, 1], [0, 4]) == Interval(4, None, None, 2)
-    assert slope_interval([0.1] * 3, [0, 4, 5]) == Interval(None, None, None, 3)  # no slope over one x
-    assert slope_interval([], []) == Interval(None, None, None, 0)
+    paired = paired_interval(clips + change, clips)
+    assert paired.value == pytest.approx(np.mean(clips + change) - np.mean(clips))
+    assert width(paired) < width(mean_interval(clips)) / 10 and 0 < paired.low < paired.high < 0.5
 
 
 def test_summary_of_reports():
@@ -100,8 +78,6 @@ def test_summary_of_reports():
 def test_what_makes_no_pairs_or_no_level_is_refused():
     with pytest.raises(InputError, match="3 and 2 values"):
         paired_interval([1, 2, 3], [1, 2])
-    with pytest.raises(InputError, match="2 and 3 values"):
-        slope_interval([1, 2], [1, 2, 3])
     for options in ({"level": 1.0}, {"level": 95}, {"resamples": 0}):
         with pytest.raises(InputError, match="level"):
             mean_interval([1, 2], **options)

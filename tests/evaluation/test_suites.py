@@ -169,6 +169,18 @@ def test_a_teleporting_actor_jumps(truth):
     values = long(jumping)
     assert values["jumps_per_minute"] == pytest.approx(60 * FPS / (2 * BIN))  # one
     assert values["identity_changes_per_minute"] == 0
+    between = np.concatenate([truth[:BIN], truth[BIN + 40 :]])[: 2 * BIN]  # where one bin ends
+    assert long(between)["jumps_per_minute"] == values["jumps_per_minute"]
+
+
+def test_liveliness_is_asked_of_what_is_to_travel(truth):
+    still = long(render("a red circle pulsing on a navy background", LONG * FPS, 3))
+    assert still["dynamic_degree"] == 0  # named bouncing
+    drifting = judged(LongJudge(case_of("a red circle pulsing on a navy background", seconds=LONG)), truth)
+    assert drifting["dynamic_degree"] is None and drifting["motion"] == 0
+    two = "a red circle bouncing and a blue star spinning on a navy background"
+    values = judged(ShortJudge(case_of(two)), render(two, 81, 3))
+    assert 0.5 < values["dynamic_degree"] < 1.6 and values["motion"] == 1  # of the one that bounces
 
 
 @pytest.mark.parametrize(("at", "other"), [(10, "a blue circle"), (7, "a red square")], ids=["between bins", "within"])

@@ -14,6 +14,7 @@ import numpy as np
 from streamgen.worlds.sprites.language import Scene, Timeline, describe
 from streamgen.worlds.sprites.renderer import FPS
 
+MEASURES = 2  # one more with every change by which a number may come out otherwise: older results are not mixed in
 BIN = 5 * FPS  # frames: motion takes so long to be told
 
 Values = dict[str, float | None]  # of one case, by metric; None = undefined there

@@ -25,7 +25,8 @@ def measure(pipe, options: Options) -> list[Values]:
 
 def _stream(pipe, seed: int) -> Values:
     height, width = pipe.settings.height or SIZE, pipe.settings.width or SIZE
-    resettable, begin = _reset_peak(), time.perf_counter()
+    device = pipe.transformer.device
+    resettable, begin = _reset_peak(device), time.perf_counter()
     with pipe.stream(PROMPT, height=height, width=width, num_frames=LENGTH, seed=seed) as stream:
         _pixels(stream)
         first = time.perf_counter() - begin
@@ -51,7 +52,7 @@ def _stream(pipe, seed: int) -> Values:
         "chunk_p50_seconds": float(p50),
         "chunk_p99_seconds": float(p99),
         "switch_seconds": switch,
-        "peak_megabytes": _peak() if resettable else None,
+        "peak_megabytes": _peak(device) if resettable else None,
         **{f"{name}_seconds_per_chunk": seconds / len(gaps) for name, seconds in stages.items()},
     }
 
@@ -62,10 +63,10 @@ def _pixels(stream):
     return chunk, len(chunk.frames)
 
 
-def _reset_peak() -> bool:
+def _reset_peak(device: torch.device) -> bool:
     """Forget the highest memory use so far; whether that is possible here."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -74,10 +75,10 @@ def _reset_peak() -> bool:
     return True
 
 
-def _peak() -> float | None:
-    """Megabytes: of the GPU if there is one, else resident ones of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+def _peak(device: torch.device) -> float | None:
+    """Megabytes: of the GPU if the stream is there, else resident ones of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     lines = Path("/proc/self/status").read_text().splitlines()
     return next((float(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
 

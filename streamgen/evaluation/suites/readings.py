@@ -101,10 +101,19 @@ def usual_speed(motion: str) -> float | None:
     return None
 
 
-def dynamic_degree(reading: Reading) -> float | None:
-    """Speed against what is usual for the motion; 1 = as lively as the world itself. None in place."""
-    known = [(actor.speed, usual_speed(actor.motion)) for actor in reading.actors if actor.motion and actor.speed]
-    parts = [speed / usual for speed, usual in known if usual]
+def dynamic_degree(reading: Reading, scene: Scene) -> float | None:
+    """Speed of the actors that are to travel, against what is usual for the motion that is named.
+
+    1 = as lively as the world itself, 0 = in place. None where nothing is to travel, and for actors whose motion cannot
+    be read; two are told apart by their colours.
+    """
+    parts = []
+    for actor in scene.actors:
+        usual = usual_speed(actor.motion) if actor.motion else None
+        alone = len(scene.actors) == 1
+        seen = [found for found in reading.actors if found.motion and (alone or actor.colour in (None, found.colour))]
+        if usual and seen:
+            parts.append((seen[0].speed or 0.0) / usual)
     return float(np.mean(parts)) if parts else None
 
 

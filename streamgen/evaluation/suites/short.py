@@ -60,7 +60,7 @@ class ShortJudge(Judge):
             "identity_changes_per_minute": reading.identity_changes * 60 * FPS / len(clip),
             "jumps_per_minute": jumps(clip) * 60 * FPS / len(clip),
             "stagnation": stagnation(clip),
-            "dynamic_degree": dynamic_degree(reading),
+            "dynamic_degree": dynamic_degree(reading, self.scene),
         }
 
     def notes(self) -> dict[str, Any]:
@@ -74,6 +74,7 @@ class LongJudge(Judge):
         self.scene, self.pieces = case.scene, Pieces(BIN)
         self.bins: list[Values] = []
         self.before: Reading | None = None
+        self.last: np.ndarray | None = None  # frame of the bin before: a jump may lie between the two
         self.changes, self.jumps = 0, 0
         self.meter = VideoMeter(FPS)
         self.chunks: list[int] = []  # frames of each
@@ -85,13 +86,15 @@ class LongJudge(Judge):
 
     def _read(self, piece: np.ndarray) -> None:
         reading = read(piece, actors=len(self.scene.actors))
-        self.changes, self.jumps = self.changes + reading.identity_changes, self.jumps + jumps(piece)
+        self.changes += reading.identity_changes
+        self.jumps += jumps(piece if self.last is None else np.concatenate([self.last, piece]))
+        self.last = piece[-1:].copy()
         calm = self.before is not None and not reading.identity_changes and not self.before.identity_changes
         if calm:  # else the two votes differ because of a change that is counted already
             self.changes += strangers(self.before, reading)
         self.before = reading
         self.meter.add(piece)
-        alive = {"stagnation": stagnation(piece), "dynamic_degree": dynamic_degree(reading)}
+        alive = {"stagnation": stagnation(piece), "dynamic_degree": dynamic_degree(reading, self.scene)}
         self.bins.append({**attributes(reading, self.scene), **alive})
 
     def close(self) -> Values:
@@ -145,8 +148,9 @@ def long(seconds: int = 60) -> Suite:
     return Suite(
         "long" if seconds == 60 else f"long-{seconds}",
         f"{seconds} s of a held-out prompt in bins of 5 s (NAME@SECOND): change = last bin minus first, slope per "
-        "minute; stagnation = the share of frames in which nothing moves; dynamic_degree = speed against the "
-        "world's; identity_changes_per_minute in colour, shape or size, jumps_per_minute of the place; "
+        "minute; stagnation = the share of frames in which nothing moves; dynamic_degree = speed of what is "
+        "to travel against the world's, 0 = in place; identity_changes_per_minute in colour, shape or size, "
+        "jumps_per_minute of the place; "
         "NAME_drift of a look = how far its last bin is from its first; seam = change at chunk borders against change "
         "inside chunks, 1 = none; flicker, warping_error, drift_* and spectral_drift_* as `streamgen eval video` says",
         (
