@@ -6,6 +6,7 @@ leaves attributes open, or says nothing. Only the "train" side of `split` is eve
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -57,13 +58,20 @@ def to_pixels(clips: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """What a set of latent clips is made from; its fields name the file."""
+    """What a set of latent clips is made from."""
 
     codec: str
     clips: int = 4800
     chunks: int = 9
     chunk_frames: int = 3
     seed: int = 0
+
+    @property
+    def file_name(self) -> str:
+        """Another for every other content: the codec goes in by its weights."""
+        weights = b"".join(path.read_bytes() for path in sorted(Path(self.codec).glob("*.safetensors")))
+        codec = hashlib.sha256(weights).hexdigest()[:8]
+        return f"{self.clips}x{self.chunks}x{self.chunk_frames}-seed{self.seed}-{codec}.safetensors"
 
 
 def _encode_shard(spec: ClipSpec, shard: int) -> tuple[Tensor, list]:

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from streamgen.config import check_choice
 from streamgen.distill.data import ClipSpec, LatentClips, build_clips, check_favoured, tell, vocabulary
+from streamgen.errors import InputError
 from streamgen.evaluation.playing import Strip, draw_sheet, play
 from streamgen.evaluation.suites import find_suite
 from streamgen.evaluation.suites.base import Options, mean
@@ -55,8 +57,8 @@ class FlowTask:
     shift: float = 3.0
     prompt_dropout: float = 0.1
     unknown_words: float = 0.02
-    # shares of clean | start | window | matched | whole
-    patterns: dict[str, float] = field(default_factory=lambda: {"clean": 0.6, "window": 0.25, "matched": 0.15})
+    # shares of clean | start | window | matched | whole; none by default, because YAML adds to what is there
+    patterns: dict[str, float] = field(default_factory=dict)
     context_noise: float = 150.0  # history of half the clips is noised up to this timestep, and said to be
     gap: float = 0.25  # share of clips that jump between sink and window
     max_offset: int = 64
@@ -65,6 +67,12 @@ class FlowTask:
 
     def __post_init__(self) -> None:
         check_favoured(self.favour)
+        for name, share in self.patterns.items():
+            check_choice("flow.patterns", name, tuple(PATTERNS))
+            if not share >= 0:
+                raise InputError(f"flow.patterns: {name} cannot have a share of {share}: give 0 or more")
+        if not 2 <= self.chunks <= self.clip_chunks:
+            raise InputError(f"flow.chunks={self.chunks}: give 2 to flow.clip_chunks={self.clip_chunks}")
 
 
 @dataclass
@@ -101,7 +109,9 @@ class FlowTrainer:
     """Velocity matching; see the module's docstring for the patterns."""
 
     def __init__(self, config: FlowTask, device: torch.device, autocast: bool, compiled: bool) -> None:
-        self.config, self.device, self.autocast = config, device, autocast
+        if not sum(config.patterns.values()):
+            raise InputError("flow.patterns is empty: say what to train on, e.g. 'flow.patterns={clean: 1}'")
+        self.config, self.device, self.autocast, self.init = config, device, autocast, config.init
         self.codec = config.codec if config.codec != "assets" else str(assets_root() / "sprites" / "vae")
         self.tokenizer = build_tokenizer(vocabulary(), config.text_len)
         self.module = nn.ModuleDict(
@@ -147,7 +157,7 @@ class FlowTrainer:
         else:
             spec = ClipSpec(self.codec, config.clips, config.clip_chunks, config.chunk_frames)
         if spec not in self._clips:
-            path = Path("runs/sprites/clips") / f"{spec.clips}x{spec.chunks}-seed{spec.seed}.safetensors"
+            path = Path("runs/sprites/clips") / spec.file_name
             if not path.exists():
                 build_clips(spec, path)
             self._clips[spec] = LatentClips.load(path, config.chunk_frames, config.favour)
@@ -271,7 +281,7 @@ class FlowTrainer:
     # ------------------------------------------------------------------------------------------- results
     def pipeline(self, module: nn.ModuleDict) -> StreamingVideoPipeline:
         """The network as a user would stream it: codec, default preset, the model's overrides."""
-        codec = StreamingVAE.from_pretrained(self.codec)
+        codec = StreamingVAE.from_pretrained(self.codec).to(self.device)
         return StreamingVideoPipeline(
             self.tokenizer, module["text_encoder"], module["transformer"], codec, model_name="sprites"
         )

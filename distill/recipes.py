@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from streamgen.config import available, config_root, read_config
+from streamgen.config import available, check_choice, config_root, read_config
 from streamgen.device import resolve_device
 from streamgen.distill.flow import FlowTask, FlowTrainer
 from streamgen.distill.trainer import TrainConfig, Trainer
@@ -69,5 +69,6 @@ def build(name: str, overrides: Sequence[str] = ()) -> Trainer:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
     torch.manual_seed(config.seed)
+    check_choice("task", recipe.task, tuple(TASKS))
     task = TASKS[recipe.task](getattr(recipe, recipe.task), device, config.autocast, config.compile)
     return Trainer(task, config, provenance(name, recipe, device))

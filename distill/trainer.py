@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
+
+from streamgen.errors import InputError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class Task(Protocol):
     """What a recipe supplies."""
 
     module: nn.Module  # everything that is trained
+    init: str | None  # what its weights were read from
 
     def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]: ...
     def sample(self, module: nn.Module, path: Path) -> dict[str, float]: ...
@@ -98,6 +102,11 @@ class Optimizers:
         ]
         if self.views:
             rate = config.matrix_learning_rate
+            if not hasattr(torch.optim, "Muon"):
+                raise UnavailableError(
+                    f"train.matrix_learning_rate needs Muon, which torch {torch.__version__} does not have: update "
+                    "torch, or leave it out"
+                )
             self.parts.append(
                 torch.optim.Muon(
                     self.views, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
@@ -115,6 +124,14 @@ class Optimizers:
         for source in self.sources:
             source.grad = None
         self.parts[0].zero_grad(set_to_none=True)
+
+    def configure(self, config: TrainConfig) -> None:
+        """Take over what a loaded state knows otherwise (rates are set at every step)."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["weight_decay"] = config.weight_decay
+                if "betas" in group:
+                    group["betas"] = tuple(config.betas)
 
     def state_dict(self) -> list[dict]:
         return [part.state_dict() for part in self.parts]
@@ -150,6 +167,7 @@ class Trainer:
         self.task.module.load_state_dict(state["module"])
         self.average.load_state_dict(state["average"])
         self.optimizers.load_state_dict(state["optimizers"])
+        self.optimizers.configure(self.config)
 
     @property
     def checkpoint(self) -> Path:
@@ -161,11 +179,23 @@ class Trainer:
         torch.save(self.state_dict(), temporary)
         os.replace(temporary, self.checkpoint)
         manifest = {**self.manifest, "steps": self.step, "seconds": round(self.seconds)}
-        self.task.export(self.average.module, self.folder / "export", manifest)
+        target, new, old = (self.folder / name for name in ("export", "export.new", "export.old"))
+        for left in (new, old):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        self.task.export(self.average.module, new, manifest)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(new, target)
+        shutil.rmtree(old, ignore_errors=True)
 
     def resume(self) -> bool:
         if not self.checkpoint.exists():
             return False
+        if self.task.init:
+            raise InputError(
+                f"{self.checkpoint} is there, and goes on from its own weights, not from {self.task.init}: "
+                "--no-resume starts over, --output elsewhere keeps it"
+            )
         self.load_state_dict(torch.load(self.checkpoint, weights_only=True, map_location="cpu"))
         log.info("resumed %s at step %d", self.config.recipe, self.step)
         return True
@@ -190,11 +220,18 @@ class Trainer:
         self.step += 1
         return {**metrics, "norm": float(norm), "rate": factor}
 
-    def run(self) -> bool:
-        """Train until `steps`, `max_minutes` or a signal. Returns whether the run is complete."""
+    def run(self, quiet: bool = False) -> bool:
+        """Train until `steps`, `max_minutes` or a signal. Returns whether the run is complete.
+
+        A run that is complete already writes nothing: what is there says how it was made.
+        """
         config = self.config
+        if self.step >= config.steps:
+            return True
         begin = last_save = last_sample = time.monotonic()
-        bar = tqdm(total=config.steps, initial=self.step, desc=config.recipe, mininterval=5, dynamic_ncols=True)
+        bar = tqdm(
+            total=config.steps, initial=self.step, desc=config.recipe, mininterval=5, dynamic_ncols=True, disable=quiet
+        )
         with self._signals(), open(self.folder / "log.jsonl", "a", buffering=1) as lines:
             while self.step < config.steps and not self.stopping:
                 start = time.monotonic()
@@ -213,9 +250,9 @@ class Trainer:
                     last_save = time.monotonic()
                 if config.max_minutes and now - begin > 60 * config.max_minutes:
                     break
+            self.save()
             if self.step >= config.steps:
                 self._sample(lines)
-            self.save()
         bar.close()
         return self.step >= config.steps
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from streamgen.distill.data import to_pixels
+from streamgen.errors import InputError
 from streamgen.media import save_image
 from streamgen.models.vae import TIME, StreamingVAE
-from streamgen.worlds.sprites.language import Change, Timeline, change_scene, sample_scene
+from streamgen.worlds.sprites.dataset import change_within
+from streamgen.worlds.sprites.language import Change, Timeline, sample_scene
 from streamgen.worlds.sprites.renderer import SIZE, draw, play
 
 
@@ -35,7 +37,7 @@ def sample_window(rng: np.random.Generator, frames: int, side: str = "train") ->
     first = int(rng.integers(0, 64))
     changes = [Change(0, scene)]
     if rng.random() < 0.3:
-        new, cut = change_scene(scene, rng)
+        new, cut = change_within(scene, rng, side)
         changes.append(Change(first + int(rng.integers(1, frames)), new, cut))
     script = play(Timeline(tuple(changes)), first + frames, seed=int(rng.integers(2**31)))
     body = script.bodies[rng.integers(len(script.bodies))][-1]
@@ -48,6 +50,9 @@ class VAETrainer:
 
     def __init__(self, config: VAETask, device: torch.device, autocast: bool, compiled: bool = False) -> None:
         self.config, self.device, self.autocast = config, device, autocast
+        if compiled:
+            raise InputError("train.compile=true does nothing for a codec, which runs as it is: leave it out")
+        self.init = None
         self.module = StreamingVAE(latent_channels=config.latent_channels).to(device)
 
     def batch(self, step: int, rng: np.random.Generator) -> Tensor:

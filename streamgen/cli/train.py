@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-
-import yaml
+import pickle
 
 from streamgen.cli.console import announced, hush_libraries, table, talking
 from streamgen.cli.parsing import Parser, check_overrides, positive
@@ -65,16 +64,18 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.resume:
         try:
             trainer.resume()
-        except (RuntimeError, KeyError, ValueError, EOFError) as error:
+        except InputError:
+            raise
+        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
             log.debug("the checkpoint was refused", exc_info=True)
             raise InputError(
                 f"{trainer.checkpoint} does not fit this recipe: --no-resume starts over, --output elsewhere keeps it"
             ) from error
-    complete = trainer.run()
+    complete = trainer.run(args.quiet)
     if not complete:
         log.info("stopped at step %d of %d; the same command goes on", trainer.step, trainer.config.steps)
     print(trainer.folder / "export")
-    return 0
+    return 130 if trainer.stopping else 0
 
 
 def _build(recipe: str, overrides: list[str]):
@@ -82,7 +83,5 @@ def _build(recipe: str, overrides: list[str]):
 
     try:
         return build(recipe, overrides)
-    except yaml.YAMLError as error:
-        raise InputError(f"override: a value is not YAML: {' '.join(str(error).split())}") from None
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"cannot write {error.filename}: {error.strerror}; choose another --output") from None

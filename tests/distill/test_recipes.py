@@ -1,14 +1,15 @@
 """The recipes of the embedded model at toy size: what a batch holds, what a mask allows, and that losses fall."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from streamgen.config import available
-from streamgen.distill import recipes
-from streamgen.distill.data import LatentClips, tell, vocabulary
+from streamgen.distill import recipes, vae
+from streamgen.distill.data import ClipSpec, LatentClips, tell, vocabulary
 from streamgen.distill.flow import FlowTask, FlowTrainer
 from streamgen.distill.vae import VAETask, VAETrainer
 from streamgen.errors import InputError
@@ -19,7 +20,8 @@ from streamgen.worlds.sprites import SpritesDataset, parse, split
 
 @pytest.fixture
 def flow(monkeypatch) -> FlowTrainer:
-    config = FlowTask(batch=2, dim=24, heads=2, layers=1, ffn=32, text_dim=16, latent_channels=4, codec="unused")
+    small = dict(batch=2, dim=24, heads=2, layers=1, ffn=32, text_dim=16, latent_channels=4, codec="unused")
+    config = FlowTask(**small, patterns={"clean": 1.0})
     task = FlowTrainer(config, torch.device("cpu"), autocast=False, compiled=False)
     sets = {chunks: random_clips(chunks) for chunks in (1, 9)}
     monkeypatch.setattr(task, "clips", lambda chunks: sets[1 if chunks == 1 else 9])
@@ -65,6 +67,40 @@ def test_a_batch_is_what_its_pattern_says(flow, pattern):
         if pattern == "window":
             steps = batch.timestep.diff(dim=1)
             assert ((steps >= 0) | (batch.timestep[:, 1:] == 0)).all()
+
+
+def test_a_recipe_trains_on_the_mix_it_names_and_no_other():
+    assert recipes.load_recipe("sprites/teacher").flow.patterns == {"whole": 1.0}
+    assert set(recipes.load_recipe("sprites/causal").flow.patterns) == {"clean", "start", "window", "matched", "whole"}
+    for wrong, words in (
+        ({"patterns": {"clen": 1.0}}, "'clen' is unknown .did you mean 'clean'"),
+        ({"patterns": {"clean": -1.0}}, "cannot have a share of -1.0"),
+        ({"chunks": 10}, "flow.chunks=10: give 2 to flow.clip_chunks=9"),
+    ):
+        with pytest.raises(InputError, match=words):
+            FlowTask(**wrong)
+    with pytest.raises(InputError, match="flow.patterns is empty"):
+        FlowTrainer(FlowTask(), torch.device("cpu"), autocast=False, compiled=False)
+
+
+def test_the_codec_never_sees_a_held_out_scene(monkeypatch):
+    shown = []
+    play = vae.play
+    monkeypatch.setattr(vae, "play", lambda told, *rest, **more: shown.append(told) or play(told, *rest, **more))
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        vae.sample_window(rng, 5)
+    scenes = [change.scene for timeline in shown for change in timeline.changes]
+    assert len(scenes) > 65 and {split(scene) for scene in scenes} == {"train"}
+
+
+def test_clips_of_another_codec_have_another_name(tmp_path):
+    spec = ClipSpec(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    before = spec.file_name
+    (tmp_path / "model.safetensors").write_bytes(b"2")
+    others = {before, spec.file_name, replace(spec, chunk_frames=2).file_name, replace(spec, seed=1).file_name}
+    assert len(others) == 4 and spec.file_name.startswith("4800x9x3-seed0-")
 
 
 def test_clean_history_target_matches_the_clip(flow):

@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from streamgen.distill.trainer import Optimizers, TrainConfig, Trainer, learning_rate_factor, matrix_view
+from streamgen.errors import InputError
 
 
 class Task:
     """Least squares on data that follow from the step's generator."""
+
+    init = None
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -140,3 +143,37 @@ def test_matrices_and_kernels_go_to_muon_and_share_memory():
     assert kernel.abs().sum() == 0
     with pytest.raises(ValueError, match="channels_last"):
         matrix_view(nn.Conv2d(3, 5, 3).weight)
+
+
+def test_a_complete_run_leaves_its_manifest_alone(tmp_path):
+    assert make(tmp_path).run(quiet=True)
+    manifest = tmp_path / "toy" / "export" / "manifest.json"
+    manifest.write_text("how it was made")
+    again = make(tmp_path)
+    assert again.resume() and again.run() and manifest.read_text() == "how it was made"
+
+
+def test_a_resumed_run_takes_the_settings_it_is_given(tmp_path):
+    make(tmp_path, steps=3).run(quiet=True)
+    more = make(tmp_path, betas=[0.5, 0.6], weight_decay=0.25)
+    more.resume()
+    adam, muon = (part.param_groups[0] for part in more.optimizers.parts)
+    assert adam["betas"] == (0.5, 0.6) and adam["weight_decay"] == muon["weight_decay"] == 0.25
+    more.task.init = "elsewhere"
+    with pytest.raises(InputError, match="not from elsewhere"):
+        more.resume()
+
+
+def test_an_export_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+    trainer.save()
+
+    def half(module, folder, manifest):
+        folder.mkdir()
+        (folder / "manifest.json").write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(trainer.task, "export", half)
+    with pytest.raises(OSError):
+        trainer.save()
+    assert json.loads((tmp_path / "toy" / "export" / "manifest.json").read_text())["steps"] == 0

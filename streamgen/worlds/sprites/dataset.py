@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Dataset
 
-from streamgen.worlds.sprites.language import Change, Timeline, change_scene, describe, sample_scene, split
+from streamgen.worlds.sprites.language import Change, Scene, Timeline, change_scene, describe, sample_scene, split
 from streamgen.worlds.sprites.renderer import draw, play
 
 
@@ -28,6 +28,14 @@ def chunk_start(chunk: int, chunk_frames: int, ratio: int = 4) -> int:
     return max(0, ratio * chunk_frames * chunk - (ratio - 1))
 
 
+def change_within(scene: Scene, rng: np.random.Generator, side: str) -> tuple[Scene, bool]:
+    """`change_scene` that stays on one side of the split: (the new scene, whether it is a cut)."""
+    new, cut = change_scene(scene, rng)
+    while split(new) != side:
+        new, cut = change_scene(scene, rng)
+    return new, cut
+
+
 def sample_timeline(
     rng: np.random.Generator, chunks: int, chunk_frames: int, side: str = "train", changes: float = 0.3
 ) -> Timeline:
@@ -35,9 +43,7 @@ def sample_timeline(
     scene = sample_scene(rng, side)
     parts = [Change(0, scene)]
     if chunks > 1 and rng.random() < changes:
-        new, cut = change_scene(scene, rng)
-        while split(new) != side:
-            new, cut = change_scene(scene, rng)
+        new, cut = change_within(scene, rng, side)
         parts.append(Change(chunk_start(int(rng.integers(1, chunks)), chunk_frames), new, cut))
     return Timeline(tuple(parts))
 
