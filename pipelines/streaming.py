@@ -26,6 +26,7 @@ from streamgen.errors import InputError
 from streamgen.hub import model_config, model_folder, model_name_of, stream_config
 from streamgen.ladder import uniform_timesteps
 from streamgen.models.codecs import Codec, codec_for
+from streamgen.models.codecs.base import form_of
 from streamgen.models.image import ConditionStream, ImageConditioner
 from streamgen.models.loading import ORIGINAL_TEXT_LEN, load_transformer
 from streamgen.models.prompts import PromptEncoder
@@ -262,6 +263,8 @@ class StreamingVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         engine = self._engine(config)
         if engine.fingerprint() != state["model"]:
             raise InputError("this state belongs to other weights: load the model it was saved with")
+        if form_of(self.codec) != state["codec"]:
+            raise InputError("this state holds another decoder's past: load the codec, and tiles, it was saved with")
         spec = Spec(**{**state["spec"], "latent_size": tuple(state["spec"]["latent_size"])})
         seen, channels = state["rollout"]["channels"], None
         if seen is not None:

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -84,6 +85,10 @@ def merge(schema: type[T], *layers: object, source: str = "configuration") -> T:
             OmegaConf.to_object(config)
         except OmegaConfBaseException as error:
             raise _refusal(error, schema, name) from None
+        except TypeError as error:  # a list where keys belong
+            raise InputError(f"{name}: {error}: give keys and values where they belong, lists elsewhere") from None
+        except yaml.YAMLError as error:
+            raise InputError(f"{name}: a value is not YAML: {' '.join(str(error).split())}") from None
     return OmegaConf.to_object(config)
 
 
@@ -347,6 +352,16 @@ def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     """Raises InputError with the choices and, for a typo, the nearest one."""
     if value not in choices:
         raise InputError(f"{key}={value!r} is unknown{suggest(value, choices)}: use {', '.join(choices)}")
+
+
+def check_switch(mode: str, config: StreamConfig) -> None:
+    """Raises InputError unless a switch of this mode does something in a stream of this configuration."""
+    check_choice("mode", mode, SWITCH_MODES)
+    if mode == "cut" and config.schedule.commit == "none":
+        raise InputError(
+            "mode=cut drops recent frames from the cache, and with schedule.commit=none they stand in the calls "
+            "themselves: use keep or reset"
+        )
 
 
 def check_next_prompt(prompt: str | list[str], now: str | list[str]) -> None:

@@ -8,22 +8,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from streamgen.config import SWITCH_MODES, ChunkConfig, check_choice, check_next_prompt
+from streamgen.config import ChunkConfig, check_next_prompt, check_switch
 from streamgen.engine import Engine, pad_rows
 from streamgen.errors import BrokenStreamError, InputError
 from streamgen.flight import LatentChunk
 from streamgen.models.codecs import Codec
+from streamgen.models.codecs.base import form_of
 from streamgen.noise import SeededNoise
 from streamgen.schedules import begins, until_emission
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,14 @@ class Request:
     blend: int = 0
     guidance_scale: float | None = None
 
+    def after(self, pending: Request | None) -> Request:
+        """Both as one: of each thing the newer word counts."""
+        if pending is None:
+            return self
+        told = pending if self.prompt is None else self
+        scale = pending.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        return replace(told, epoch=self.epoch, guidance_scale=scale)
+
 
 @dataclass
 class Blend:
@@ -80,9 +89,9 @@ class Blend:
     done: int = 0
 
     def next(self) -> Tensor:
-        self.done += 1
+        """The text of the step after those that are done."""
         old, new = pad_rows([self.old, self.new])
-        return torch.lerp(old, new, self.done / (self.chunks + 1))
+        return torch.lerp(old, new, (self.done + 1) / (self.chunks + 1))
 
 
 @dataclass
@@ -148,8 +157,9 @@ class StreamSession:
         self._epochs = 0  # the last one given out
         self.prompt = spec.prompt
         self.index, self.delivered = 0, 0  # of the next chunk; pixel frames so far
-        self._computing = False  # the next chunk has begun: changes come too late for it,
+        self._computing = False  # the next chunk is being made: changes come too late for it,
         self._effect = 0  # and take effect with this one
+        self._begun = False  # so they do where making it was interrupted, until it is made
         self._first = 0  # what the roll-out calls chunk 0
         self._prompts: dict[int, str | list[str]] = {0: self.prompt}  # of epochs that are still to be delivered
         self._decoder = None
@@ -172,6 +182,7 @@ class StreamSession:
         negative = self.spec.extra.get("negative_prompt_embeds")
         if negative is None and self.engine.reads_negative:
             negative = self._texts([self.spec.negative_prompt])
+        channels = None if self._channels is None else self._channels.fork()  # another stream may start from them too
         return self.engine.start(
             embeds,
             self._noise,
@@ -179,7 +190,7 @@ class StreamSession:
             num_latent_frames=self._frames_left() if frames is None else frames,
             negative_embeds=negative,
             batch=embeds.shape[0],
-            conditions={"image_embeds": self.spec.extra.get("image_embeds"), "channels": self._channels},
+            conditions={"image_embeds": self.spec.extra.get("image_embeds"), "channels": channels},
         )
 
     def _frames_left(self) -> int | None:
@@ -214,7 +225,10 @@ class StreamSession:
                 raise StopIteration
             try:
                 self._apply()
-                self._finished = self._finished or self._rollout.advance()
+                if self._finished is None:
+                    self._begun = True
+                    self._finished = self._rollout.advance()
+                    self._begun = False
                 return self._deliver(self._finished)
             finally:
                 self._computing = False
@@ -260,7 +274,7 @@ class StreamSession:
         """
         self._check_open()
         mode = mode or self.engine.config.switch.mode
-        check_choice("mode", mode, SWITCH_MODES)
+        check_switch(mode, self.engine.config)
         if blend < 0:
             raise InputError(f"blend is a number of chunks, got {blend}")
         if prompt is not None:
@@ -271,28 +285,19 @@ class StreamSession:
             raise InputError(f"unknown options {', '.join(options)}: this stream has none that change while it runs")
         if guidance_scale is not None and self.engine.branches == 1 and guidance_scale != 1:
             raise InputError("this stream runs without guidance: start it with guidance_scale above 1 to change it")
-        if mode == "recache" and prompt is not None and not self._rollout.can_recache:
-            raise InputError("this stream keeps no latents to re-encode: start it with switch.mode=recache")
         with self._mail:
+            self._check_open()
+            if mode == "recache" and prompt is not None and not self._rollout.can_recache:
+                raise InputError("this stream keeps no latents to re-encode: start it with switch.mode=recache")
             self._epochs += 1
-            pending = self._request
-            kept = pending if prompt is None else None  # a change of something else keeps a pending prompt
-            if guidance_scale is None and pending is not None:
-                guidance_scale = pending.guidance_scale
-            self._request = Request(
-                epoch=self._epochs,
-                prompt=prompt if kept is None else kept.prompt,
-                mode=mode if kept is None else kept.mode,
-                blend=blend if kept is None else kept.blend,
-                guidance_scale=guidance_scale,
-            )
+            self._request = Request(self._epochs, prompt, mode, blend, guidance_scale).after(self._request)
             return Change(self._takes_effect(self._request), self._epochs)
 
     def _takes_effect(self, request: Request) -> int:
         """The first chunk that will carry a request's epoch."""
         if request.mode == "reset" and request.prompt is not None:
             return self.index + self._computing
-        return self._effect if self._computing else self._first + self._rollout.takes_effect()
+        return self._effect if self._computing or self._begun else self._first + self._rollout.takes_effect()
 
     def _apply(self) -> None:
         """Take the pending change, or the next step of a blend; all of it or nothing."""
@@ -300,9 +305,11 @@ class StreamSession:
             request, self._request = self._request, None
             reset = request is not None and request.prompt is not None and request.mode == "reset"
             if reset:
-                self._finished = None
-            self._effect, self._computing = self._next_effect(reset), True
-        if self._finished is not None:  # its decoding failed: it comes before this change
+                self._finished, self._begun = None, False
+            if not self._begun:
+                self._effect = self._next_effect(reset)
+            self._computing = True
+        if self._begun or self._finished is not None:  # making or decoding it failed: it comes before this change
             self._put_back(request)
             return
         try:
@@ -321,20 +328,20 @@ class StreamSession:
         return self.index + (len(ticks[-1].emits) if self._rollout.follows else begins(ticks))
 
     def _put_back(self, request: Request | None) -> None:
-        """A change that could not be taken now is pending again, unless a newer one came."""
+        """A change that could not be taken now is pending again, below one that came since."""
         with self._mail:
-            self._request = self._request or request
+            self._request = request if self._request is None else self._request.after(request)
 
     def _change(self, request: Request | None) -> None:
         if request is None:
             if self._blend:
-                self._step_blend(self._rollout.epoch)
+                self._step_blend(self._blend, self._rollout.epoch)
             return
         if request.guidance_scale is not None:
             self._rollout.guidance_scale = request.guidance_scale
         if request.prompt is None:
             if self._blend:
-                self._step_blend(request.epoch)
+                self._step_blend(self._blend, request.epoch)
             else:
                 self._rollout.relabel(request.epoch)
             self._prompts[request.epoch] = self.prompt
@@ -347,25 +354,23 @@ class StreamSession:
             self._rollout.relabel(request.epoch)
             self._blend = None
         elif request.blend:
-            self._blend = Blend(self._embeds, new, request.blend, request.mode)
-            self._step_blend(request.epoch)
+            self._step_blend(Blend(self._embeds, new, request.blend, request.mode), request.epoch)
         else:
-            self._blend = None
             self._rollout.switch(new, request.mode, request.epoch)
+            self._blend = None
         whole = isinstance(self.prompt, str) or isinstance(request.prompt, list)
         self.prompt = request.prompt if whole else [request.prompt] * len(self.prompt)
         self._prompts[request.epoch] = self.prompt
         if self._blend is None:
             self._embeds = new
 
-    def _step_blend(self, epoch: int) -> None:
-        blend = self._blend
-        self._embeds = blend.next()
+    def _step_blend(self, blend: Blend, epoch: int) -> None:
+        embeds = blend.next()
         # recent frames are dropped once; re-encoding follows every step of the text
-        mode = blend.mode if blend.done == 1 or blend.mode == "recache" else "keep"
-        self._rollout.switch(self._embeds, mode, epoch)
-        if blend.done > blend.chunks:
-            self._blend = None
+        mode = blend.mode if blend.done == 0 or blend.mode == "recache" else "keep"
+        self._rollout.switch(embeds, mode, epoch)
+        blend.done += 1
+        self._embeds, self._blend = embeds, blend if blend.done <= blend.chunks else None
 
     def push(self, name: str, item, time: float) -> None:
         """Feed a condition stream. Raises InputError: this model has none."""
@@ -380,9 +385,10 @@ class StreamSession:
 
     def close(self) -> None:
         """End the stream and free its cache; waiting calls return."""
-        self._closed = True
+        with self._mail:
+            self._closed = True
         self._playing.set()
-        with self._compute:
+        with self._compute, self._mail:
             self._rollout = self._decoder = None
 
     def __enter__(self) -> StreamSession:
@@ -419,6 +425,7 @@ class StreamSession:
                 "model": self.engine.fingerprint(),
                 "config": OmegaConf.to_container(OmegaConf.structured(self.engine.config)),
                 "spec": {**vars(self.spec), "latent_size": list(self.spec.latent_size)},
+                "codec": form_of(self.codec),
                 "noise": self._noise.state_dict(),
                 "prompt": self.prompt,
                 "prompts": dict(self._prompts),
@@ -429,6 +436,7 @@ class StreamSession:
                 "delivered": self.delivered,
                 "blend": vars(self._blend).copy() if self._blend else None,
                 "request": vars(self._request).copy() if self._request else None,
+                "begun": self._begun,
                 "finished": None if self._finished is None else asdict(self._finished),
                 "frames": self._rollout.num_latent_frames,
                 "decoder": self._decoder,
@@ -445,6 +453,8 @@ class StreamSession:
             self._request = Request(**state["request"]) if state["request"] else None
             self._decoder = state["decoder"]
             self._finished = LatentChunk(**state["finished"]) if state["finished"] else None
+            self._begun = state["begun"]
+            self._rollout = None  # a cache at a time
             with torch.no_grad():
                 self._rollout = self._start(self._embeds, state["frames"])
                 self._rollout.load_state_dict(state["rollout"])

@@ -34,6 +34,11 @@ class AnchorOptions(WindowOptions):
             raise InputError(f"cache.anchors cannot be negative, got {self.anchors}")
         if self.anchor_every is not None and self.anchor_every < 1:
             raise InputError(f"cache.anchor_every is a number of chunks, got {self.anchor_every}")
+        if self.anchor_every is not None and self.anchors > 1:
+            raise InputError(
+                f"cache.anchor_every={self.anchor_every} reads the earlier steps of the one anchor being captured, and "
+                f"cache.anchors is {self.anchors}: use cache.anchors=1"
+            )
         if self.window == -1 or not self.sink:
             raise InputError(f"anchors need a window and a sink: cache.window={self.window}, cache.sink={self.sink}")
 

@@ -37,6 +37,11 @@ class BankOptions(WindowOptions):
                 raise InputError(f"cache.bank.{name} must be at least 1, got {value}")
         if self.window == -1:
             raise InputError("a bank remembers what a window forgets: cache.window=-1 forgets nothing")
+        if self.positions in ("trail", "restart", "ahead"):
+            raise InputError(
+                f"positions.rule={self.positions} goes by the numbers of frames, which those in a bank lose: use "
+                "absolute, packed, before or tri-region"
+            )
 
     @classmethod
     def from_config(cls, config: StreamConfig) -> BankOptions:

@@ -37,6 +37,11 @@ class DeepOptions(WindowOptions):
         if self.reuse < 1:
             raise InputError(f"cache.deep.reuse must be at least 1, got {self.reuse}; cache.deep.kept=0 chooses none")
         keeps_numbers(self, f"cache.deep.kept={self.kept}")
+        if self.mask != "bidirectional":
+            raise InputError(
+                f"cache.deep.kept={self.kept} chooses by all queries of a call, which switch.mask={self.mask} asks "
+                "chunk by chunk: use switch.mask=bidirectional"
+            )
         budget = self.sink + self.kept + self.recent
         if self.window < budget:
             raise InputError(

@@ -309,6 +309,8 @@ class _BoundGroup:
             self.bias = torch.nn.functional.pad(self.bias, (picked, 0))
         counted = [page for s in group.segments if s.counted for page in s.pages]
         self.biases = content.count_bias(store, ordered, counted) if counted else None
+        if self.biases is not None and self.bias is not None:
+            self.biases = self.biases + self.bias
         self.whole = list(group.query_frames) == list(range(len(group.query_frames)))
         # tentative pages of the group's own keys: a slice where they lie side by side
         self.own_run = None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from streamgen.config import SWITCH_MODES, StreamConfig, check_choice, suggest
+from streamgen.config import SWITCH_MODES, StreamConfig, check_choice, check_switch, suggest
 from streamgen.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def parse_timeline(text: str, source: str, fps: float, fresh: bool = True) -> li
     """Entries of a timeline file; see `timeline_entries`."""
     try:
         items = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
         raise InputError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
     return timeline_entries(items, source, fps, fresh)
 
@@ -97,6 +97,8 @@ def check_timeline(
             need = f"--num-frames {entry.frame + 1} or more"
             end = f"{num_frames} frames ({num_frames / fps:g} s)"
             raise InputError(f"timeline entry {i} at {entry.when} is past the end of {end}: give {need}")
+        if entry.mode is not None:
+            check_switch(entry.mode, config)
         if entry.mode == "recache" and config.cache.window == -1 and config.switch.mode != "recache":
             raise InputError(f"timeline entry {i}: mode recache re-encodes a window: add cache.window=21 or another")
     for entry in unseen(entries, num_frames, config.chunk.latent_frames, given):

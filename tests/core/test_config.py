@@ -4,7 +4,17 @@ import re
 
 import pytest
 
-from streamgen.config import ChunkConfig, StreamConfig, available, config_root, load_preset, merge, read_config
+from streamgen.config import (
+    ChunkConfig,
+    StreamConfig,
+    available,
+    check_switch,
+    config_root,
+    load_preset,
+    merge,
+    read_config,
+)
+from streamgen.engine import Engine
 from streamgen.errors import InputError
 from streamgen.hub import model_config, stream_config
 
@@ -54,6 +64,8 @@ def test_a_list_replaces_a_list():
         (["guidance.commit_branch=both"], ["own, positive"]),
         (["chunk.latent_frames=0"], ["chunk.latent_frames", "at least 1"]),
         (["schedule.commit_level=1000"], ["commit_level", "0-1000"]),
+        (["cache.window=["], ["override", "not YAML"]),
+        (["cache.options=[1]"], ["override", "keys and values"]),
     ],
 )
 def test_bad_overrides_are_refused_in_one_line(overrides, words):
@@ -70,6 +82,27 @@ def test_unknown_presets_are_refused_with_the_choices(name, words):
     with pytest.raises(InputError, match="choose one of .*self-forcing") as caught:
         load_preset(name)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "preset, override, words",
+    [
+        ("deep-forcing", "switch.mask=block-causal", "chunk by chunk"),
+        ("anchor-forcing", "cache={anchors: 2, anchor_every: 2}", "cache.anchors is 2"),
+        ("memflow", "positions={rule: trail}", "those in a bank lose"),
+    ],
+)
+def test_what_would_break_in_the_middle_of_a_stream_is_refused_before_it(preset, override, words):
+    config = load_preset(preset, [override])
+    with pytest.raises(InputError, match=words) as caught:
+        Engine(None, config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cut_is_refused_where_nothing_is_cached():
+    check_switch("cut", load_preset("default"))
+    with pytest.raises(InputError, match="schedule.commit=none"):
+        check_switch("cut", load_preset("ar-diffusion"))
 
 
 def test_a_file_is_named_in_its_refusal(tmp_path):

@@ -11,6 +11,7 @@ import torch
 
 from streamgen.config import ChunkConfig, available, load_preset
 from streamgen.errors import BrokenStreamError, InputError
+from streamgen.models.codecs import TiledCodec
 from streamgen.models.text import TextEncoder, build_tokenizer
 from streamgen.models.vae import StreamingVAE
 from streamgen.pipelines import StreamingVideoPipeline
@@ -499,6 +500,10 @@ def test_states_that_do_not_fit_are_refused(pipe, tiny):
     state = session.state_dict()
     with pytest.raises(InputError, match="other weights"):
         build(tiny, 1).resume(state)
+    tiled = build(tiny)
+    tiled.codec = TiledCodec(tiled.codec, tile=8, overlap=2)
+    with pytest.raises(InputError, match="another decoder"):
+        tiled.resume(state)
     for wrong in ({**state, "version": 0}, {}, None):
         with pytest.raises(InputError, match="version"):
             pipe.resume(wrong)
@@ -722,6 +727,57 @@ def test_a_change_whose_text_could_not_be_encoded_is_still_pending(pipe, monkeyp
             session.next()
         ours, theirs = session.next(), other.next()
         assert torch.equal(ours.pixels, theirs.pixels) and ours.epoch == theirs.epoch == change[0].epoch
+
+
+@pytest.mark.parametrize("mode", ["keep", "recache", "cut"])
+def test_a_change_waits_for_a_chunk_whose_making_was_interrupted(pipe, monkeypatch, mode):
+    with pipe.stream(RED) as session, pipe.stream(RED) as other:
+        take(session, 5), take(other, 6)
+        calls, forward = [], pipe.transformer.forward
+
+        def second_fails(*args, **more):
+            calls.append(1)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError("out of memory")
+            return forward(*args, **more)
+
+        monkeypatch.setattr(pipe.transformer, "forward", second_fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            session.next()
+        assert session.set_prompt(BLUE, mode).chunk == other.set_prompt(BLUE, mode).chunk == 6
+        assert session.next().prompt == RED
+        for ours, theirs in zip(take(session, 2), take(other, 2), strict=True):
+            assert torch.equal(ours.latents, theirs.latents) and ours.prompt == BLUE
+
+
+def test_a_step_of_a_blend_that_failed_is_taken_once(pipe, monkeypatch):
+    with pipe.stream(RED) as session, pipe.stream(RED) as other:
+        take(session, 2), take(other, 2)
+        session.set_prompt(BLUE, "recache", blend=1), other.set_prompt(BLUE, "recache", blend=1)
+        for _ in range(2):  # the first step, and the last
+            with monkeypatch.context() as patch:
+                patch.setattr(session._rollout, "switch", failing(session._rollout.switch))
+                with pytest.raises(torch.OutOfMemoryError):
+                    session.next()
+                assert torch.equal(session.next().latents, other.next().latents)
+        assert torch.equal(session._embeds, other._embeds) and session._blend is None
+
+
+def test_a_prompt_that_failed_is_not_lost_to_a_change_of_something_else(pipe, monkeypatch):
+    with pipe.stream(RED) as session:
+        take(session, 1)
+        session.set_prompt(BLUE)
+
+        def fails(prompts):
+            monkeypatch.undo()
+            session.update(guidance_scale=1)  # as another thread may
+            raise torch.OutOfMemoryError("out of memory")
+
+        monkeypatch.setattr(session, "_encode_text", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            session.next()
+        chunk = session.next()
+        assert chunk.prompt == BLUE and chunk.epoch == 2
 
 
 @pytest.mark.parametrize("value, words", [(float("nan"), "not finite"), (0.25, "blank frames")])

@@ -39,6 +39,14 @@ class Codec(Protocol):
         ...
 
 
+def form_of(codec: Codec) -> list[str | int]:
+    """What the form of a codec's state follows from, its tiles too; plain Python."""
+    own = [type(codec).__name__, codec.spatial_ratio, codec.temporal_ratio, codec.latent_channels]
+    tiles = [getattr(codec, name) for name in ("tile", "overlap") if hasattr(codec, name)]
+    inside = getattr(codec, "codec", None)
+    return [*own, *tiles, *(form_of(inside) if inside is not None else [])]
+
+
 def check_frames(codec: Codec, frames: Tensor, start: bool) -> None:
     """Raises InputError for a number or a size of frames [B, 3, F, H, W] that has no latents of its own."""
     count, height, width = frames.shape[2:]
