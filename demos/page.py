@@ -77,7 +77,7 @@ def build_app(streams: LiveStreams, advise: Callable[[str], str | None] = lambda
         return JSONResponse({})
 
     with redirect_stdout(io.StringIO()):  # gradio 5 prints the path; stdout is for the address alone
-        return gr.mount_gradio_app(app, build_page(streams, advise), path="/", ssr_mode=False)
+        return gr.mount_gradio_app(app, build_page(streams, advise), path="/", ssr_mode=False, max_file_size=1)
 
 
 def answer(streams: LiveStreams, key: str, most: int) -> dict:

@@ -19,6 +19,8 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device {name!r} is none that streams run on: use auto, cpu, cuda, cuda:N or mps")
     missing = {
         "cuda": not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count(),
         "mps": not torch.backends.mps.is_available(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from streamgen.device import default_dtype, resolve_device, resolve_dtype
 from streamgen.download import hub_name, licence_of, resolve_checkpoint, snapshot
 from streamgen.errors import InputError
 from streamgen.models.geometry import ModelGeometry
+from streamgen.models.reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def model_settings(model: str) -> ModelConfig:
 
 def model_name_of(folder: Path) -> str | None:
     """Which of `configs/models` a folder holds: what it says itself, else the one with transformers of its shape."""
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_json(folder / "model_index.json")
     if index.get("model_name"):
         return index["model_name"]
     shape, experts = _shape(folder), 2 if (folder / "transformer_2").is_dir() else 1
@@ -104,7 +104,7 @@ def model_name_of(folder: Path) -> str | None:
 def _shape(folder: Path) -> dict[str, Any]:
     """What tells the known transformers apart."""
     path = folder / "transformer" / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     keys = ("num_attention_heads", "num_layers", "ffn_dim", "in_channels", "out_channels", "image_dim")
     return {key: config.get(key) for key in keys}
 
@@ -167,7 +167,7 @@ def _checkpoint(checkpoint: str, folder: Path, dtype):
 
     own = folder / "transformer" / "config.json"
     return load_transformer(
-        resolve_checkpoint(checkpoint), json.loads(own.read_text()) if own.is_file() else None, dtype=dtype
+        resolve_checkpoint(checkpoint), read_json(own) if own.is_file() else None, dtype=dtype
     )
 
 

@@ -87,7 +87,7 @@ def _known_failure(error: Exception) -> str | None:
     kind = type(error).__name__
     if kind == "MediaError":
         return str(error)
-    if kind == "OutOfMemoryError":
+    if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         return f"{reason}: lower --height and --width or cache.window, or use --dtype bf16"
     if isinstance(error, OSError) and error.strerror:

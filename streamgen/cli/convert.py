@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections import Counter
@@ -85,8 +86,9 @@ def _check_target(target: Path, layout: str, force: bool) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    suffixes = (".safetensors", ".safetensors.index.json")
-    return path.is_file() and (path.name == "config.json" or path.name.endswith(suffixes))
+    """Whether a file is part of a transformer, by diffusers' names; a LoRA beside it is not."""
+    weights = re.fullmatch(r"diffusion_pytorch_model.*\.safetensors(\.index\.json)?", path.name)
+    return path.is_file() and (path.name == "config.json" or weights is not None)
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -19,15 +19,12 @@ from streamgen.cli.console import table
 from streamgen.cli.parsing import Parser, check_overrides, positive, whole
 from streamgen.errors import InputError
 
-LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "omegaconf", "numpy", "imageio", "imageio-ffmpeg")
+LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "omegaconf", "numpy", "imageio-ffmpeg")
 EXTRAS = {
     "demo": ("gradio",),
-    "train": ("tensorboard", "peft"),
     "wan": ("ftfy", "gguf", "peft"),
-    "video": ("av",),
     "triton": ("triton",),
     "xformers": ("xformers",),
-    "tensorrt": ("torch-tensorrt",),
 }
 
 

@@ -240,13 +240,3 @@ def check_places(clips: Sequence[Clip], folder: Path | None, replacing: bool) ->
             check_folder(clip.target, "frames")
         elif there or folder is None:
             check_output(clip.target)
-
-
-def make_room(target: str, replacing: bool) -> None:
-    """The target's folder, and no old frames in it if they are to be replaced."""
-    from streamgen.media.paths import frame_files, is_folder
-
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    if replacing and is_folder(target):
-        for file in frame_files(Path(target)):
-            file.unlink()

@@ -106,6 +106,16 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     return record
 
 
+def _record_of(clip: str) -> dict[str, Any]:
+    """The record beside a clip. Raises InputError also where it is that of another one: clip.mp4's beside clip.webm."""
+    path = record_path(clip)
+    record = read_record(path)
+    name = record["result"].get("clip")
+    if name != Path(clip).name and isinstance(name, str) and (path.parent / name).exists():
+        raise InputError(f"{path} is the record of {path.parent / name}, and {clip} has none: give that one")
+    return record
+
+
 def old_record(target: str) -> dict[str, Any] | None:
     """The record that a clip's own would replace. Raises InputError if the file is anything else."""
     path = record_path(target)
@@ -162,9 +172,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def finished(target: str, settings: dict[str, Any], with_state: bool) -> list[str] | None:
     """Whether a clip is there as `settings` say: [] = yes, None = not or not all of it, else what is different."""
     record = old_record(target)
-    if record is None or not os.path.exists(target):
+    if record is None or not os.path.exists(target) or record["result"].get("clip") != Path(target).name:
         return None
-    lacking = with_state and not state_path(target).is_file()
+    state = record["result"].get("state")  # one that is there without being named is of an earlier clip
+    lacking = with_state and not (state and (record_path(target).parent / state).is_file())
     return differences(record["settings"], settings) or (None if lacking else [])
 
 
@@ -210,9 +221,9 @@ def read_state(path: Path, device: str) -> dict[str, Any]:
         state = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}; give a state file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError):
         raise InputError(f"{path} is no state of a stream: give what --save-state wrote") from None
-    if not isinstance(state, dict) or not {"version", "config", "spec", "rollout"} <= state.keys():
+    if not isinstance(state, dict) or not {"version", "config", "spec", "rollout", "prompt"} <= state.keys():
         raise InputError(f"{path} is no state of a stream: give what --save-state wrote")
     if not isinstance(state["prompt"], str):
         raise InputError(f"{path} holds a batch of streams: extend it with pipe.resume in Python")
@@ -225,7 +236,7 @@ def find_state(path: str, device: str) -> tuple[Path, dict[str, Any]]:
         return Path(path), read_state(Path(path), device)
     if not os.path.exists(path):
         raise InputError(f"cannot extend {path}: there is no such file; give a clip or its .state.pt")
-    record = read_record(record_path(path)) if record_path(path).is_file() else None
+    record = _record_of(path) if record_path(path).is_file() else None
     named = record["result"].get("state") if record else None
     file = record_path(path).parent / named if named else state_path(path)
     if not file.is_file():
@@ -262,7 +273,7 @@ def source_of(from_path: str | None, extend: str | None, device: str | None) -> 
     if from_path is None:
         return Source()
     path = from_path if from_path.endswith(".json") else str(record_path(from_path))
-    record = read_record(path)
+    record = read_record(path) if path == from_path else _record_of(from_path)
     settings, state = record["settings"], None
     if settings["extend"]:
         state = read_state(Path(settings["extend"]), pick_device(device, settings["device"]))

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from streamgen.cli import records
 from streamgen.cli.console import talking
 from streamgen.cli.jobs import FOLDER, Clip, Setup, folder_of, parse_prompts, place, with_seeds
@@ -172,15 +170,12 @@ def _configuration(args: argparse.Namespace, source: Source, overrides: Sequence
     from streamgen.engine import Engine
 
     settings = hub.model_settings(_model(args, source))
-    try:
-        if source.state is not None:
-            config = merge(StreamConfig, source.state["config"], source=source.path)
-        elif source.settings and args.preset is None:
-            config = merge(StreamConfig, source.settings["config"], list(overrides), source=source.path)
-        else:
-            config = hub.stream_config(args.preset or settings.preset, settings, overrides)
-    except yaml.YAMLError as error:
-        raise InputError(f"override: a value is not YAML: {' '.join(str(error).split())}") from None
+    if source.state is not None:
+        config = merge(StreamConfig, source.state["config"], source=source.path)
+    elif source.settings and args.preset is None:
+        config = merge(StreamConfig, source.settings["config"], list(overrides), source=source.path)
+    else:
+        config = hub.stream_config(args.preset or settings.preset, settings, overrides)
     Engine(None, config)  # window floor, ladder, schedule
     return config, settings
 
@@ -325,6 +320,8 @@ def _default_output(source: Source, clip: Clip, several: bool) -> str:
 def _check_source_stays(args: argparse.Namespace, source: Source, clips: Sequence[Clip]) -> None:
     """The clip that this command starts from is not overwritten by the way."""
     starts = {os.path.realpath(path) for path in (source.path, source.settings.get("extend")) if path}
+    if args.save_state and os.path.realpath(args.save_state) in starts:
+        raise InputError(f"--save-state {args.save_state} is the state that this clip starts from: give another name")
     for clip in clips:
         files = (clip.target, records.record_path(clip.target), records.state_path(clip.target))
         if not args.overwrite and starts & {os.path.realpath(file) for file in files}:

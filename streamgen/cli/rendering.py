@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from streamgen.cli import records
-from streamgen.cli.jobs import Clip, Setup, check_places, make_room
+from streamgen.cli.jobs import Clip, Setup, check_places
 from streamgen.cli.loading import load_pipeline
 from streamgen.cli.records import Source
 from streamgen.errors import BrokenStreamError, InputError
@@ -183,8 +183,8 @@ class Render:
         if clip.target == "-":
             sys.stdout.flush()
             return RawSink(sys.stdout.buffer)
-        make_room(clip.target, self.replacing)
-        return open_sink(clip.target, self.setup.fps)  # the file begins with the first frame
+        Path(clip.target).parent.mkdir(parents=True, exist_ok=True)
+        return open_sink(clip.target, self.setup.fps, replace=self.replacing)  # which begins with the first frame
 
     def _session(self, pipe, clip: Clip):
         if self.source.state is not None:

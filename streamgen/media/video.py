@@ -17,7 +17,7 @@ import numpy as np
 
 from streamgen.errors import InputError
 from streamgen.media.images import write_image
-from streamgen.media.paths import MediaError, check_output, is_folder
+from streamgen.media.paths import MediaError, check_folder, check_output, frame_files, is_folder
 
 logger = logging.getLogger(__name__)
 
@@ -223,12 +223,14 @@ class FfmpegSink(_Sink):
 
 
 class FolderSink(_Sink):
-    """PNG frames `frame_000000.png`, …, each complete or absent."""
+    """PNG frames `frame_000000.png`, …, each complete or absent; older ones go when the first one comes."""
 
     def _put(self, frame: np.ndarray) -> None:
         target = self.path / f"frame_{self.frames:06d}.png"
         try:
             self.path.mkdir(exist_ok=True)
+            for old in [] if self.frames else frame_files(self.path):
+                old.unlink()
             write_image(target, frame, compress_level=3)
         except OSError as error:
             self._closed = True
@@ -265,8 +267,9 @@ class RawSink(_Sink):
 
 
 def open_sink(
-    path: str | os.PathLike[str], fps: float = 16, size: tuple[int, int] | None = None, quality: float = 8
-) -> VideoSink:
+    path: str | os.PathLike[str], fps: float = 16, size: tuple[int, int] | None = None, quality: float = 8,
+    replace: bool = False,
+) -> VideoSink:  # fmt: skip
     """Open a file, or a folder, that takes frames as they come; the suffix says which kind.
 
     `.mp4`, `.mkv` (H.264), `.webm` (VP9), `.gif`; no suffix or a trailing slash: a folder of PNG frames. Nothing is
@@ -275,11 +278,12 @@ def open_sink(
         fps: frames per second of playback.
         size: (height, width) if known, so that encoding is set up at once; otherwise the first frame tells.
         quality: 0 (smallest file) to 10 (nearly lossless); GIF and PNG have no such choice.
+        replace: a folder of frames may be replaced as well; it is refused if not.
     Raises: InputError if the path cannot be written; MediaError if there is no ffmpeg.
     """
     if not fps > 0:
         raise InputError(f"{fps} frames per second cannot be played; choose more than 0")
     if not 0 <= quality <= 10:
         raise InputError(f"quality {quality} does not exist; choose 0 (smallest file) to 10 (nearly lossless)")
-    target = check_output(path)
+    target = check_folder(path, "frames") if replace and is_folder(path) else check_output(path)
     return FolderSink(target, size) if is_folder(path) else FfmpegSink(target, fps, size, quality)

@@ -152,6 +152,20 @@ def config_from(config: Mapping[str, Any], dim: int | None) -> dict[str, Any]:
     return result
 
 
+def check_types(config: Mapping[str, Any]) -> None:
+    """Refuse what would fail in arithmetic before the network is built, which checks the rest."""
+    whole = lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0
+    for key in ("num_heads", "num_attention_heads", "attention_head_dim", "dim"):
+        if config.get(key) is not None and not whole(config[key]):
+            raise InputError(f"model configuration: {key} = {config[key]!r} is no whole number above 0")
+    patch = config.get("patch_size")
+    if patch is not None and not (isinstance(patch, (list, tuple)) and len(patch) == 3 and all(map(whole, patch))):
+        raise InputError(f"model configuration: patch_size = {patch!r} is no list of three sizes, as [1, 2, 2]")
+    for key in config:
+        if not isinstance(key, str):
+            raise InputError(f"model configuration: {key!r} is no key: keys are words such as num_heads")
+
+
 def _refuse_unknown(key: str, complete: bool) -> None:
     """An unknown key is an error; in a complete original configuration, only if it looks misspelt.
 

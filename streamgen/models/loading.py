@@ -19,7 +19,7 @@ import torch
 
 from streamgen.device import resolve_dtype
 from streamgen.errors import InputError
-from streamgen.models.layouts import clean_name, config_from, sniff_layout, to_diffusers_name
+from streamgen.models.layouts import check_types, clean_name, config_from, sniff_layout, to_diffusers_name
 from streamgen.models.quantised import dequantise, is_quantised
 from streamgen.models.reading import State, first_line, read_source, read_state_dict, some, unwrap
 from streamgen.models.saving import LAYOUTS, save_transformer
@@ -105,6 +105,7 @@ def _rename(raw: State, rename: Callable[[str], str], source: str) -> State:
 
 def _complete_config(config: dict[str, Any], state: State, layout: str) -> dict[str, Any]:
     """Constructor arguments: what the configuration says, else what shapes tell, else the layout's default."""
+    check_types(config)
     shapes = _config_from_shapes(state, config.get("patch_size"))
     arguments = config_from(config, shapes.pop("dim", None))
     if layout == "wan":

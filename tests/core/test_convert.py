@@ -158,6 +158,9 @@ def test_force_replaces_the_whole_model(convert, refused, model, tiny):
     refused("source", "m.pt", "--layout", "self-forcing", words=("m.pt exists",))
     assert convert("source", "m.pt", "--layout", "self-forcing", "--force")[0] == 0
     assert_equal("m.pt", model)
+    (Path("target") / "style.safetensors").write_bytes(b"a LoRA")
+    refused("source", "target", "--layout", "wan", "--force", words=("more than a transformer", "style.safetensors"))
+    (Path("target") / "style.safetensors").unlink()
     (Path("target") / "notes.txt").write_text("mine")
     refused("source", "target", "--layout", "wan", "--force", words=("more than a transformer", "notes.txt"))
     assert not list(Path().glob(".*"))
@@ -194,6 +197,9 @@ def test_a_full_disk_leaves_what_was_there(refused, model, monkeypatch):
         (["source", "target", "--layout", "wan", "--config", "list.yaml"], ("list.yaml", "num_heads")),
         (["source", "target", "--layout", "wan", "--config", "broken.yaml"], ("broken.yaml", "YAML")),
         (["source", "target", "--layout", "wan", "--config", "typo.yaml"], ("did you mean 'num_heads'",)),
+        (["source", "target", "--layout", "wan", "--config", "word.yaml"], ("num_heads = 'two'", "whole number")),
+        (["source", "target", "--layout", "wan", "--config", "flat.yaml"], ("patch_size = 2", "[1, 2, 2]")),
+        (["source", "target", "--layout", "wan", "--config", "keyless.yaml"], ("1 is no key",)),
         (["empty", "target", "--layout", "wan"], ("empty", "no safetensors")),
         (["source", "target", "--layout", "wan", "--forse"], ("did you mean '--force'",)),
     ],
@@ -201,6 +207,7 @@ def test_a_full_disk_leaves_what_was_there(refused, model, monkeypatch):
 def test_bad_input_is_one_line_that_names_the_culprit(refused, model, argv, words):
     save_transformer(model, "source")
     Path("empty").mkdir()
-    for name, text in (("list", "[1]"), ("broken", "a: ["), ("typo", "num_head: 2")):
+    wrong = {"word": "num_heads: two", "flat": "patch_size: 2", "keyless": "1: 2"}
+    for name, text in {"list": "[1]", "broken": "a: [", "typo": "num_head: 2", **wrong}.items():
         Path(f"{name}.yaml").write_text(text)
     refused(*argv, words=words)

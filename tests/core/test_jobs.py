@@ -282,6 +282,41 @@ def test_an_unfinished_folder_of_frames_is_made_anew(render, monkeypatch):
     assert render(*one, "--overwrite")[0] == 0 and len(read_video("out/a-red-circle")) == 2
 
 
+def test_frames_that_are_there_stay_until_there_are_new_ones(render, monkeypatch):
+    command = ["--prompt", RED, "--num-videos", 1, "--num-frames", 9, "-q", "-o", "out/{prompt}/"]
+    assert render(*command)[0] == 0
+    frames = read_video("out/a-red-circle")
+    with monkeypatch.context() as patch:
+        stop(patch, 0, KeyboardInterrupt())
+        assert render(*command, "--seed", 1, "--overwrite")[0] == 130
+    assert np.array_equal(read_video("out/a-red-circle"), frames)
+    assert record("out/a-red-circle/clip.json")["settings"]["seed"] == 0
+
+
+def test_a_record_is_that_of_its_own_clip(render, refused, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{RED}\n")
+    command = ["--prompt-file", "prompts.txt", "--num-frames", 2, "-q"]
+    assert render(*command, "-o", "out/{prompt}.mp4")[0] == 0
+    Path("out/a-red-circle.gif").write_bytes(b"half")  # as an interrupted command leaves it
+    refused("--extend", "out/a-red-circle.gif", words=("is the record of out/a-red-circle.mp4",), head=())
+    refused("--from", "out/a-red-circle.gif", words=("is the record of out/a-red-circle.mp4",), head=())
+    assert render(*command, "-o", "out/{prompt}.gif")[0] == 0 and len(read_video("out/a-red-circle.gif")) == 2
+
+
+def test_a_state_of_an_earlier_render_is_not_taken_for_this_one(render, refused, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{RED}\n")
+    command = ["--prompt-file", "prompts.txt", "--num-frames", 2, "-q", "-o", "out/"]
+    assert render(*command, "--save-state")[0] == 0
+    assert render(*command, "--seed", 1, "--overwrite")[0] == 0  # its name says the seed: another clip
+    state = next(Path("out").glob("*s0.state.pt"))
+    assert render(*command, "--overwrite")[0] == 0 and state.exists()
+    assert render(*command, "--save-state", "--overwrite")[0] == 0
+    clip = str(state).replace(".state.pt", ".mp4")
+    assert render("--extend", clip, "--num-frames", 2, "-q", "-o", "more.mp4", head=())[0] == 0
+    words = ("the state that this clip starts from",)
+    refused("--extend", clip, "--save-state", state, "-o", "again.mp4", words=words, head=())
+
+
 def test_a_full_disk_keeps_what_is_finished(render, tmp_path, monkeypatch):
     from streamgen.media import FfmpegSink
 
