@@ -60,7 +60,7 @@ def comparisons(prompts: int, long_prompts: int, few: int, long_few: int, longes
         Comparison("others", others, ("short", "switch"), few),
         Comparison("others-minute", others, ("long",), long_few),
         Comparison("ten-minutes", LONGEST, ("long-600",), longest),  # bins: its first 300 s are in it
-        Comparison("ablations", ABLATIONS, ("long",), long_few),
+        Comparison("ablations", ABLATIONS, ("long",), long_prompts),
         Comparison("switching", (*ABLATIONS, *SWITCHES), ("switch",), few),
         Comparison("keeping", MEMORY, ("identity", "memory"), long_few),
         Comparison("speed", (*PRINCIPAL, *others[1:]), ("latency",), 1),
@@ -97,7 +97,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=180, help="after which nothing more is begun (180)")
     parser.add_argument("--prompts", type=int, default=32, help="of short and switch, six presets (32)")
-    parser.add_argument("--long-prompts", type=int, default=8, help="of a minute, six presets (8)")
+    parser.add_argument("--long-prompts", type=int, default=8, help="of a minute, six presets and ablations (8)")
     parser.add_argument("--few", type=int, default=6, help="of short and switch, all others (6)")
     parser.add_argument("--long-few", type=int, default=3, help="of a minute, all others (3)")
     parser.add_argument("--longest", type=int, default=2, help="of ten minutes (2)")

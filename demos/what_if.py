@@ -18,9 +18,11 @@ def main() -> None:
     parser.add_argument("--prompt", default="a red circle bouncing on a navy background")
     parser.add_argument("--left", default="a yellow circle bouncing on a navy background")
     parser.add_argument("--right", default="a red circle bouncing on a forest background")
-    parser.add_argument("--chunks", type=int, default=4, help="before and after the fork")
+    parser.add_argument("--chunks", type=int, default=4, help="before and after the fork (4)")
     parser.add_argument("-o", "--output", default="what-if.mp4")
     args = parser.parse_args()
+    if args.chunks < 1:
+        parser.error("--chunks: give 1 or more")
 
     pipe = streamgen.load("sprites")
     with pipe.stream(args.prompt, seed=0) as stream, open_sink(args.output, fps=pipe.settings.fps) as sink:

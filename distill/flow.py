@@ -141,7 +141,17 @@ class FlowTrainer:
             self.transformer = torch.compile(self.module["transformer"], dynamic=False)
         self._clips: dict[ClipSpec, LatentClips] = {}
 
+    def prepare(self) -> None:
+        """Render and encode the clips that are not there yet. Raises InputError for a codec that is not."""
+        if not (Path(self.codec) / "config.json").is_file():
+            raise InputError(f"flow.codec={self.codec} is no folder of a codec: it has no config.json")
+        wanted = (PATTERNS[name].chunks or self.config.chunks for name, share in self.config.patterns.items() if share)
+        for chunks in set(wanted):
+            self.clips(chunks)
+
     def _start_from(self, folder: Path) -> None:
+        if not (folder / "transformer" / "config.json").is_file():
+            raise InputError(f"flow.init={folder} is no model: it has no transformer/config.json")
         self.module["transformer"].load_state_dict(
             CausalWanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
         )

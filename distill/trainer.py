@@ -55,6 +55,14 @@ class TrainConfig:
     max_minutes: float | None = None  # stop (resumable) after this long
     output: str = "runs"
 
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("accumulate", 1), ("seed", 0), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"train.{name}={value}: give {least} or more")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"train.betas={self.betas}: give two numbers from 0 to below 1, as [0.9, 0.99]")
+
 
 class Task(Protocol):
     """What a recipe supplies."""
@@ -62,6 +70,7 @@ class Task(Protocol):
     module: nn.Module  # everything that is trained
     init: str | None  # what its weights were read from
 
+    def prepare(self) -> None: ...  # what may take long before the first step, such as making data
     def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]: ...
     def sample(self, module: nn.Module, path: Path) -> dict[str, float]: ...
     def export(self, module: nn.Module, folder: Path, manifest: dict) -> None: ...
@@ -228,6 +237,7 @@ class Trainer:
         config = self.config
         if self.step >= config.steps:
             return True
+        self.task.prepare()  # not in the time of training, and Ctrl-C ends it at once
         begin = last_save = last_sample = time.monotonic()
         bar = tqdm(
             total=config.steps, initial=self.step, desc=config.recipe, mininterval=5, dynamic_ncols=True, disable=quiet

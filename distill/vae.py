@@ -30,6 +30,10 @@ class VAETask:
     crop_until: int = 0  # steps; afterwards whole pictures, a quarter as many
     kl: float = 1e-4
 
+    def __post_init__(self) -> None:
+        if self.latent_frames < 2:
+            raise InputError(f"vae.latent_frames={self.latent_frames}: give 2 or more, or nothing is learnt about time")
+
 
 def sample_window(rng: np.random.Generator, frames: int, side: str = "train") -> tuple[np.ndarray, np.ndarray]:
     """A random window of a random scene: uint8 [F, 128, 128, 3], and a point near a body, in pixels."""
@@ -54,6 +58,9 @@ class VAETrainer:
             raise InputError("train.compile=true does nothing for a codec, which runs as it is: leave it out")
         self.init = None
         self.module = StreamingVAE(latent_channels=config.latent_channels).to(device)
+
+    def prepare(self) -> None:
+        """Nothing: pictures are drawn as it goes."""
 
     def batch(self, step: int, rng: np.random.Generator) -> Tensor:
         """[B, 3, F, S, S] in [-1, 1]."""

@@ -38,7 +38,7 @@ class LaneCache:
         self.stores[work.expert].stage(plan, work.context)
 
     def publish(self, calls: Sequence[tuple[Plan, BoundRow]], frames: Sequence[int]) -> None:
-        """Make finished calls visible to later ones, all of them or none, and tell the policy."""
+        """Make finished calls visible to later ones, and tell the policy once all of them are."""
         for plan, work in calls:
             self.stores[work.expert].publish(plan, work.context, work.keys)
         self.policy.commit(frames)

@@ -352,12 +352,12 @@ class Rollout:
     def _denoise(self, tick: int, call: Call) -> Work:
         begin = time.perf_counter()
         dues = [self._due_row(tick, call, row.carrying(self.owed)) for row in call.rows]
-        velocities = yield [due.work for due in dues]
+        velocities = yield [due.work for due in dues]  # nothing has changed so far: a forward that fails is made again
         moved = [calls.stepped(*pair, self._noise) for pair in zip(dues, velocities, strict=True)]
         moved = [step for steps in moved for step in steps]
         for due in dues:
             self._keep(due)
-        for flight, x, p in moved:  # nothing has changed before: an exception leaves the call to be made again
+        for flight, x, p in moved:
             flight.x, flight.p = x, p
         self.timings.add("denoise", begin)
 

@@ -71,10 +71,11 @@ class RefreshPolicy(WindowPolicy):
         plan = super().plan(call, row, frames)
         if self._leaving(self.frames - 1):  # from here on content has a say in what the sink holds
             plan = replace(plan, groups=tuple(map(self._anonymous, plan.groups)))
-        if call.source != "flight":
+        published = row.published(frames)
+        if call.source != "flight" or not published:
             return plan
-        leaving = self._leaving(row.published(frames)[-1]) if row.published(frames) else ()
-        fresh = [frame for frame in leaving if frame >= self.frames - self.ring]
+        leaving = self._leaving(published[-1])
+        fresh = range(max(leaving.start, self.frames - self.ring), leaving.stop)
         if not fresh:
             return plan
         return replace(plan, renew=Renew(tuple(map(self.page, fresh)), tuple(range(self.sink)), self.options.threshold))

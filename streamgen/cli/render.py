@@ -22,7 +22,7 @@ from streamgen.cli.parsing import Parser, check_overrides, number, positive, rea
 from streamgen.cli.records import Source
 from streamgen.cli.rendering import Render
 from streamgen.cli.timeline import Entry, check_timeline, parse_timeline
-from streamgen.config import StreamConfig, merge
+from streamgen.config import StreamConfig, merge, preset_path
 from streamgen.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
             print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
             return 0
         _check_options(args, source)
+        _check_files(args)
         setup = _setup(args, source, overrides)
         clips = _clips(args, source, setup)
         output = args.output or _default_output(source, clips[0], _several(args))
@@ -130,6 +131,17 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     if args.guidance_scale is not None:
         out.append(f"guidance.scale={args.guidance_scale}")
     return out
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Refuse, before a model is fetched, what costs nothing to find out."""
+    if args.preset is not None:
+        preset_path(args.preset)
+    for file in (args.prompt_file, args.timeline):
+        if file not in (None, "-"):  # stdin is read once
+            read_text(file)
+    if args.image is not None and not Path(args.image).is_file():
+        raise InputError(f"--image {args.image} does not exist: give a picture")
 
 
 def _check_options(args: argparse.Namespace, source: Source) -> None:

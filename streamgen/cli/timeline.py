@@ -20,6 +20,7 @@ from streamgen.errors import InputError
 log = logging.getLogger(__name__)
 
 FRAMES_PER_LATENT = 4  # of every VAE of the family; only for saying in advance where chunks begin
+LONGEST = 1e12  # frames: two thousand years
 KEYS = ("at", "frame", "prompt", "mode", "blend")
 
 
@@ -81,6 +82,8 @@ def _entry(item: object, where: str, fps: float) -> Entry:
         check_choice(f"{where}: mode", mode, SWITCH_MODES)
     if isinstance(blend, bool) or not isinstance(blend, int) or blend < 0:
         raise InputError(f"{where}: blend is {blend!r}; give a number of chunks from 0 on")
+    if value * fps > LONGEST:
+        raise InputError(f"{where}: {key} is {value!r}, which is beyond any clip; give a time within it")
     frame = round(value * fps) if key == "at" else value
     return Entry(frame, prompt, mode, blend, f"{value} s" if key == "at" else f"frame {value}")
 

@@ -83,6 +83,17 @@ def test_a_recipe_trains_on_the_mix_it_names_and_no_other():
         FlowTrainer(FlowTask(), torch.device("cpu"), autocast=False, compiled=False)
 
 
+def test_what_is_not_there_is_said_before_training(flow, tmp_path):
+    with pytest.raises(InputError, match="flow.codec=unused is no folder of a codec"):
+        flow.prepare()
+    with pytest.raises(InputError, match="flow.init=.* is no model"):
+        FlowTrainer(replace(flow.config, init=str(tmp_path)), torch.device("cpu"), autocast=False, compiled=False)
+    with pytest.raises(InputError, match="'training' is unknown"):
+        SpritesDataset(1, side="training")
+    with pytest.raises(InputError, match="vae.latent_frames=1"):
+        VAETask(latent_frames=1)
+
+
 def test_the_codec_never_sees_a_held_out_scene(monkeypatch):
     shown = []
     play = vae.play

@@ -25,6 +25,9 @@ class Task:
         self.module.add_module("head", nn.Linear(6, 2))
         self.seen = []
 
+    def prepare(self):
+        assert not self.seen
+
     def loss(self, step, rng):
         x = torch.from_numpy(rng.standard_normal((16, 6))).float()
         self.seen.append((step, float(x[0, 0])))
@@ -177,3 +180,21 @@ def test_an_export_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         trainer.save()
     assert json.loads((tmp_path / "toy" / "export" / "manifest.json").read_text())["steps"] == 0
+
+
+def test_an_interrupted_preparation_ends_the_run_at_once(tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.task, "prepare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert trainer.step == 0 and not trainer.checkpoint.exists()
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"accumulate": 0}, {"seed": -1}, {"betas": [0.9]}, {"threads": -1}])
+def test_settings_that_cannot_be_are_refused(wrong):
+    with pytest.raises(InputError, match=f"train.{next(iter(wrong))}="):
+        TrainConfig(**wrong)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Dataset
 
+from streamgen.config import check_choice
 from streamgen.worlds.sprites.language import Change, Scene, Timeline, change_scene, describe, sample_scene, split
 from streamgen.worlds.sprites.renderer import draw, play
 
@@ -60,6 +61,7 @@ class SpritesDataset(Dataset):
     def __init__(
         self, length: int, chunks: int = 7, chunk_frames: int = 3, side: str = "train", seed: int = 0
     ) -> None:
+        check_choice("side", side, ("train", "val", "test"))
         self.length, self.chunks, self.chunk_frames, self.side, self.seed = length, chunks, chunk_frames, side, seed
 
     def __len__(self) -> int:
