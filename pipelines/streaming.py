@@ -316,6 +316,8 @@ class StreamingVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if num_videos_per_prompt > 1 and prompt is not None:
             texts = [prompt] if isinstance(prompt, str) else prompt
             prompt = [text for text in texts for _ in range(num_videos_per_prompt)]
+        elif num_videos_per_prompt > 1 and prompt_embeds is not None:
+            prompt_embeds = prompt_embeds.repeat_interleave(num_videos_per_prompt, 0)
         self._interrupt = False
         session = self.stream(
             prompt, negative_prompt, height, width, num_frames, seed, generator, num_inference_steps, guidance_scale,

@@ -354,9 +354,13 @@ def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
         raise InputError(f"{key}={value!r} is unknown{suggest(value, choices)}: use {', '.join(choices)}")
 
 
-def check_switch(mode: str, config: StreamConfig) -> None:
-    """Raises InputError unless a switch of this mode does something in a stream of this configuration."""
+def check_switch(mode: str, config: StreamConfig, blend: int = 0) -> None:
+    """Raises InputError unless a switch of this mode, spread over so many chunks, is one in such a stream."""
     check_choice("mode", mode, SWITCH_MODES)
+    if blend < 0:
+        raise InputError(f"blend is a number of chunks, got {blend}")
+    if mode == "reset" and blend:
+        raise InputError("mode=reset begins a new stream, which has no old prompt to blend from: leave blend out")
     if mode == "cut" and config.schedule.commit == "none":
         raise InputError(
             "mode=cut drops recent frames from the cache, and with schedule.commit=none they stand in the calls "

@@ -274,9 +274,7 @@ class StreamSession:
         """
         self._check_open()
         mode = mode or self.engine.config.switch.mode
-        check_switch(mode, self.engine.config)
-        if blend < 0:
-            raise InputError(f"blend is a number of chunks, got {blend}")
+        check_switch(mode, self.engine.config, blend)
         if prompt is not None:
             check_next_prompt(prompt, self.prompt)
         if strength is not None:

@@ -91,6 +91,10 @@ class WindowOptions:
             raise InputError(f"cache.ema_decay={self.ema_decay} must lie between 0 and 1, both excluded")
         if not self.sink:
             raise InputError(f"cache.ema_decay={self.ema_decay} needs a sink to fold into, and cache.sink is 0")
+        if self.window == -1:
+            raise InputError(
+                f"cache.ema_decay={self.ema_decay} folds what leaves the window, and with cache.window=-1 nothing does"
+            )
         if self.ema_precision not in ("fp32", "cache"):
             raise InputError(f"cache.ema_precision {self.ema_precision!r} is unknown: use fp32 or cache")
         if self.switch_sink == "refresh":

@@ -100,8 +100,7 @@ def check_timeline(
             need = f"--num-frames {entry.frame + 1} or more"
             end = f"{num_frames} frames ({num_frames / fps:g} s)"
             raise InputError(f"timeline entry {i} at {entry.when} is past the end of {end}: give {need}")
-        if entry.mode is not None:
-            check_switch(entry.mode, config)
+        check_switch(entry.mode or config.switch.mode, config, entry.blend)
         if entry.mode == "recache" and config.cache.window == -1 and config.switch.mode != "recache":
             raise InputError(f"timeline entry {i}: mode recache re-encodes a window: add cache.window=21 or another")
     for entry in unseen(entries, num_frames, config.chunk.latent_frames, given):

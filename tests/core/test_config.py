@@ -103,6 +103,8 @@ def test_a_cut_is_refused_where_nothing_is_cached():
     check_switch("cut", load_preset("default"))
     with pytest.raises(InputError, match="schedule.commit=none"):
         check_switch("cut", load_preset("ar-diffusion"))
+    with pytest.raises(InputError, match="leave blend out"):
+        check_switch("reset", load_preset("default"), blend=2)
 
 
 def test_a_file_is_named_in_its_refusal(tmp_path):

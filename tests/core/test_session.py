@@ -551,6 +551,13 @@ def test_each_of_a_batch_is_given_its_own_prompt(pipe):
             alone.set_prompt([RED])
 
 
+def test_several_videos_of_one_embedding(pipe):
+    embeds = pipe.encode_prompt(RED)
+    many = pipe(prompt_embeds=embeds, num_frames=9, num_videos_per_prompt=3).frames
+    single = pipe([RED] * 3, num_frames=9).frames
+    assert many.shape[0] == 3 and np.array_equal(many, single)
+
+
 def test_several_videos_per_prompt_differ(pipe):
     frames = pipe(RED, num_frames=9, num_videos_per_prompt=2).frames
     assert frames.shape == (2, 9, SIDE, SIDE, 3) and np.abs(frames[0] - frames[1]).max() > 1e-2
