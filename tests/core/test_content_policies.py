@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from running import latents
+from running import advance, latents
 
 from streamgen.cache import DeepPolicy, KVStore, MergedPolicy, Sizes
 from streamgen.cache.deep import DeepOptions
@@ -496,6 +496,15 @@ def test_content_shows_in_the_result(model, embeds):
         same = 4 if preset == "deep-forcing" else 2  # chunks before the window is full
         torch.testing.assert_close(with_[:, :, : 3 * same], without[:, :, : 3 * same], **FP32)
         assert all((with_ - without)[:, :, f].abs().max() > 1e-4 for f in range(3 * same + 3, 30))
+
+
+def test_recent_keys_weigh_less_beside_merged_ones_too(model, embeds):
+    preset, overrides = MERGED
+    engines = [Engine(model, load_preset(preset, [*overrides, *more])) for more in ([], ["cache.attention_bias=0.4"])]
+    first, second = (engine.start(embeds[0], SeededNoise(0), latent_size=SIZE) for engine in engines)
+    advance(first, 6)  # by then something is merged
+    second.load_state_dict(first.state_dict())
+    assert (advance(first, 1) - advance(second, 1)).abs().max() > 1e-4
 
 
 def test_a_recache_encodes_what_is_kept_whole():
