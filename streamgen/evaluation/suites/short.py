@@ -154,8 +154,8 @@ def long(seconds: int = 60) -> Suite:
         "NAME_drift of a look = how far its last bin is from its first; seam = change at chunk borders against change "
         "inside chunks, 1 = none; flicker, warping_error, drift_* and spectral_drift_* as `streamgen eval video` says",
         (
-            "all_right", "all_right_change", "identity_changes_per_minute", "stagnation", "dynamic_degree", "seam",
-            "flicker",
+            "all_right", "all_right_change", "identity_changes_per_minute", "jumps_per_minute", "stagnation",
+            "dynamic_degree", "seam", "flicker",
         ),  # fmt: skip
         lambda options: specified_cases(options, seconds * FPS),
         LongJudge,
