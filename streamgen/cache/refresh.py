@@ -71,8 +71,8 @@ class RefreshPolicy(WindowPolicy):
         plan = super().plan(call, row, frames)
         if self._leaving(self.frames - 1):  # from here on content has a say in what the sink holds
             plan = replace(plan, groups=tuple(map(self._anonymous, plan.groups)))
-        published = row.published(frames)
-        if call.source != "flight" or not published:
+        published = row.published(frames) if call.source == "flight" else []
+        if not published:
             return plan
         leaving = self._leaving(published[-1])
         fresh = range(max(leaving.start, self.frames - self.ring), leaving.stop)

@@ -320,14 +320,15 @@ class Trainer:
         self.folder, self.fits, self.step, self.resumed = folder, fits, 3, False
         self.checkpoint = folder / "checkpoint.pt"
         self.config = type("Config", (), {"steps": 3})
+        self.stopping = False
 
     def resume(self) -> None:
         self.resumed = True
         if not self.fits:
             raise RuntimeError("Error(s) in loading state_dict:\n\tsize mismatch")
 
-    def run(self) -> bool:
-        return True
+    def run(self, quiet: bool) -> bool:
+        return not self.stopping
 
 
 def test_train_passes_its_options_on_and_prints_the_export(capsys, monkeypatch, tmp_path):
@@ -343,6 +344,9 @@ def test_train_passes_its_options_on_and_prints_the_export(capsys, monkeypatch, 
 
     train = merge(Recipe, overrides).train
     assert (train.steps, train.output, train.max_minutes) == (3, f"{tmp_path}/a: b", 2.0)
+    trainer.stopping = True  # by Ctrl-C
+    assert main(argv) == 130
+    capsys.readouterr()
     trainer.fits = False
     assert main(argv[:-1]) == 2
     err = capsys.readouterr().err

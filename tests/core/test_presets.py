@@ -413,7 +413,8 @@ RED, BLUE, GREEN = "red", "blue", "green"
 class Pictures:
     """A codec for the eye of a test: latents as pixels."""
 
-    temporal_ratio = 1
+    temporal_ratio = spatial_ratio = 1
+    latent_channels = 4
 
     def decode(self, x, state):
         return x[:, :3].clamp(-1, 1), None
