@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
             return 0
         _check_options(args, source)
-        _check_files(args)
+        _check_files(args, source)
         setup = _setup(args, source, overrides)
         clips = _clips(args, source, setup)
         output = args.output or _default_output(source, clips[0], _several(args))
@@ -133,15 +133,16 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     return out
 
 
-def _check_files(args: argparse.Namespace) -> None:
+def _check_files(args: argparse.Namespace, source: Source) -> None:
     """Refuse, before a model is fetched, what costs nothing to find out."""
     if args.preset is not None:
         preset_path(args.preset)
     for file in (args.prompt_file, args.timeline):
-        if file not in (None, "-"):  # stdin is read once
+        if file not in (None, "-") and not os.path.exists(file):  # what is there is read once: it may be a pipe
             read_text(file)
-    if args.image is not None and not Path(args.image).is_file():
-        raise InputError(f"--image {args.image} does not exist: give a picture")
+    image = args.image or source.settings.get("image")
+    if image and not Path(image).is_file():
+        raise InputError(f"--image {image} does not exist: give a picture")
 
 
 def _check_options(args: argparse.Namespace, source: Source) -> None:
@@ -250,8 +251,6 @@ def _parts(args: argparse.Namespace, old: dict) -> dict:
         found[name] = [f"{whole(file)}:{scale:g}" for file, scale in split]
     for name in ("codec", "image"):
         found[name] = found[name] and whole(found[name])
-    if found["image"] and not Path(found["image"]).is_file():
-        raise InputError(f"--image {found['image']} does not exist: give a picture")
     return found
 
 

@@ -266,6 +266,16 @@ def test_an_interrupted_batch_goes_on(render, refused, tmp_path, monkeypatch):
     assert record(f"{third}.json")["settings"]["config"]["ladder"]["timesteps"] == [1000, 500]
 
 
+def test_prompts_may_come_through_a_pipe(render):
+    """As `--prompt-file <(command)` gives it: what is read once is gone."""
+    reading, writing = os.pipe()
+    os.write(writing, f"{RED}\n".encode())
+    os.close(writing)
+    assert render("--prompt-file", f"/dev/fd/{reading}", "--num-frames", 1, "-q", "-o", "out/")[0] == 0
+    os.close(reading)
+    assert len(list(Path("out").glob("*.mp4"))) == 1
+
+
 def test_an_unfinished_folder_of_frames_is_made_anew(render, monkeypatch):
     command = ["--prompt", RED, "--num-videos", 1, "--num-frames", 9, "-q", "-o", "out/{prompt}/"]
     with monkeypatch.context() as patch:
