@@ -8,15 +8,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from streamgen.changes import Blend, Change, Request
 from streamgen.config import ChunkConfig, check_next_prompt, check_switch
-from streamgen.engine import Engine, pad_rows
+from streamgen.engine import Engine
 from streamgen.errors import BrokenStreamError, InputError
 from streamgen.flight import LatentChunk
 from streamgen.models.codecs import Codec
@@ -46,52 +47,6 @@ class Chunk:
     def frames(self) -> np.ndarray:
         video = (self.pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
         return video[0] if isinstance(self.prompt, str) else video
-
-
-@dataclass(frozen=True)
-class Change:
-    """A request that was accepted: it takes effect with chunk `chunk`, the first to carry epoch `epoch`.
-
-    With several chunks in flight that is the next one to enter, or, if they follow (`switch.in_flight`), to come out.
-    """
-
-    chunk: int
-    epoch: int
-
-
-@dataclass(frozen=True)
-class Request:
-    """Fields of a pending change; None = as it is."""
-
-    epoch: int
-    prompt: str | list[str] | None = None
-    mode: str = "recache"
-    blend: int = 0
-    guidance_scale: float | None = None
-
-    def after(self, pending: Request | None) -> Request:
-        """Both as one: of each thing the newer word counts."""
-        if pending is None:
-            return self
-        told = pending if self.prompt is None else self
-        scale = pending.guidance_scale if self.guidance_scale is None else self.guidance_scale
-        return replace(told, epoch=self.epoch, guidance_scale=scale)
-
-
-@dataclass
-class Blend:
-    """A prompt change spread over chunks: text moves linearly from `old` to `new`."""
-
-    old: Tensor
-    new: Tensor
-    chunks: int
-    mode: str
-    done: int = 0
-
-    def next(self) -> Tensor:
-        """The text of the step after those that are done."""
-        old, new = pad_rows([self.old, self.new])
-        return torch.lerp(old, new, (self.done + 1) / (self.chunks + 1))
 
 
 @dataclass
