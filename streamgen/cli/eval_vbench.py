@@ -102,14 +102,11 @@ def _settings(args: argparse.Namespace, prompts: list[str], given: list[Path] | 
 
 def _check_same(folder: Path, settings: dict[str, Any]) -> None:
     """Raises InputError where videos of something else lie."""
-    from streamgen.evaluation.results import read_json
+    from streamgen.evaluation.results import read_json, unlike
 
     path, instead = folder / SETTINGS, "give another --output"
-    if path.is_file():
-        was = read_json(path, (), instead)
-        apart = [key for key in {**was, **settings} if was.get(key, ...) != settings.get(key, ...)]
-        if apart:
-            raise InputError(f"{folder} holds videos of other settings ({', '.join(apart)}): {instead}")
+    if path.is_file() and (apart := unlike(read_json(path, (), instead), settings)):
+        raise InputError(f"{folder} holds videos of other settings ({', '.join(apart)}): {instead}")
 
 
 def _given(folder: Path, count: int) -> list[Path]:

@@ -61,6 +61,11 @@ def read_json(path: Path, keys: Sequence[str], again: str) -> dict[str, Any]:
     return item
 
 
+def unlike(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys in which two settings differ."""
+    return [key for key in {**now, **was} if now.get(key, ...) != was.get(key, ...)]
+
+
 def read_raw(path: Path) -> Raw:
     """Raises InputError for a file that is no raw result."""
     again = "delete it, or give --overwrite, to measure that again"

@@ -23,7 +23,7 @@ from torch import OutOfMemoryError
 from streamgen.errors import BrokenStreamError, InputError, UnavailableError
 from streamgen.evaluation.confusions import count
 from streamgen.evaluation.playing import Strip, draw_sheet, play
-from streamgen.evaluation.results import DIGITS, TIMED, Raw, made_with, read_raw, slug, write_json
+from streamgen.evaluation.results import DIGITS, TIMED, Raw, made_with, read_raw, slug, unlike, write_json
 from streamgen.evaluation.suites import find_suite
 from streamgen.evaluation.suites.base import Options, Values
 from streamgen.evaluation.suites.scenes import ATTRIBUTES
@@ -182,7 +182,7 @@ def finished(unit: Unit, folder: Path) -> Raw | None:
     if not path.exists():
         return None
     raw, wanted = read_raw(path), unit.settings()
-    apart = [key for key in {**wanted, **raw["settings"]} if wanted.get(key, ...) != raw["settings"].get(key, ...)]
+    apart = unlike(raw["settings"], wanted)
     if apart:
         was = ", ".join(f"{key} was {raw['settings'].get(key)!r}, is {wanted.get(key)!r}" for key in apart)
         raise InputError(f"{path} was measured otherwise ({was}): give another --output, or --overwrite to lose it")

@@ -4,13 +4,13 @@
     paired_interval(ours, baseline)                    # the same prompts and seeds, clip by clip
 
 Undefined values (None, not finite) are dropped, in pairs where there are pairs; `n` says what was left. Intervals are
-those of percentiles and deterministic for a seed; from few clips (n < 10) they are
-too narrow: of three they are the lowest and the highest.
+those of percentiles and deterministic for a seed; from few clips (n < 10) they are too
+narrow: of three they are the lowest and the highest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,24 +42,16 @@ def _columns(*series: Values) -> np.ndarray:
     return table[np.isfinite(table).all(1)]
 
 
-def _bootstrap(
-    samples: Sequence[np.ndarray], estimate: Callable[..., np.ndarray], level: float, seed: int, resamples: int
-) -> tuple[float, float] | None:
-    """Percentiles of an estimate over resampled samples [N, …], each resampled by itself; None if always undefined.
-
-    `estimate` takes one array [r, N, …] per sample and returns [r], NaN where it is undefined.
-    """
+def _bootstrap(sample: np.ndarray, level: float, seed: int, resamples: int) -> tuple[float, float]:
+    """Percentiles of the mean over resampled samples [N]."""
     if not 0 < level < 1 or resamples < 1:
         raise InputError(f"level {level} with {resamples} resamples: give a level between 0 and 1 and at least one")
-    streams = [(sample, np.random.default_rng([seed, i])) for i, sample in enumerate(samples)]
-    rows = max(1, BLOCK_ENTRIES // max(len(sample) for sample in samples))
+    rng, count = np.random.default_rng([seed, 0]), len(sample)
+    rows = max(1, BLOCK_ENTRIES // count)
     found = np.concatenate([
-        estimate(*(s[rng.integers(0, len(s), (min(rows, resamples - first), len(s)))] for s, rng in streams))
+        sample[rng.integers(0, count, (min(rows, resamples - first), count))].mean(1)
         for first in range(0, resamples, rows)
     ])  # fmt: skip
-    found = found[np.isfinite(found)]
-    if not len(found):
-        return None
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -74,8 +66,8 @@ def mean_interval(values: Values, seed: int = 0, *, level: float = 0.95, resampl
     sample = _columns(values)[:, 0]
     if not len(sample):
         return Interval(None, None, None, 0)
-    ends = _bootstrap([sample], lambda s: s.mean(1), level, seed, resamples) if len(sample) > 1 else None
-    return Interval(float(sample.mean()), *(ends or (None, None)), len(sample))
+    ends = _bootstrap(sample, level, seed, resamples) if len(sample) > 1 else (None, None)
+    return Interval(float(sample.mean()), *ends, len(sample))
 
 
 def paired_interval(

@@ -229,8 +229,9 @@ class FolderSink(_Sink):
         target = self.path / f"frame_{self.frames:06d}.png"
         try:
             self.path.mkdir(exist_ok=True)
-            for old in [] if self.frames else frame_files(self.path):
-                old.unlink()
+            if not self.frames:
+                for old in frame_files(self.path):
+                    old.unlink()
             write_image(target, frame, compress_level=3)
         except OSError as error:
             self._closed = True
