@@ -169,31 +169,45 @@ def _units(args: argparse.Namespace, suites: Sequence[str]) -> list:
     return units
 
 
-def digest(preset: str, settings) -> str:
-    """Of the configuration that a preset resolves to on a model."""
-    from omegaconf import OmegaConf
-
+def configuration(preset: str, settings):
+    """What a preset, as named, resolves to on a model."""
     from streamgen import hub
     from streamgen.evaluation.runner import Preset
 
     chosen = Preset.parse(preset)
-    config = hub.stream_config(chosen.name, settings, chosen.overrides)
-    text = json.dumps(OmegaConf.to_container(OmegaConf.structured(config)), sort_keys=True)
+    return hub.stream_config(chosen.name, settings, chosen.overrides)
+
+
+def digest(preset: str, settings) -> str:
+    """Of the configuration that a preset resolves to on a model."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.structured(configuration(preset, settings))
+    text = json.dumps(OmegaConf.to_container(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sampling(config) -> str:
+    """How chunks are denoised: what tells results of one network apart."""
+    steps = ", ".join(str(len(steps)) for steps in config.ladder.lists)
+    return f"{steps} {config.ladder.solver} steps, guidance {config.guidance.scale:g}"
 
 
 def _write(args: argparse.Namespace, units: Sequence, raws: Sequence[dict[str, Any]], folder: Path) -> None:
     """The report's files; names on stdout."""
+    from streamgen import hub
     from streamgen.cli.charts import draw_results
     from streamgen.cli.confusions import failings
     from streamgen.evaluation.results import TIMED, load_results, summary, versions, write_json
 
+    sampled = [sampling(configuration(unit.preset, hub.model_settings(unit.model))) for unit in units]
     setting = {
         "models": list(dict.fromkeys(unit.model for unit in units)),
         "presets": list(dict.fromkeys(unit.preset for unit in units)),
         "suites": list(dict.fromkeys(unit.suite for unit in units)),
         **{name: getattr(args, name) for name in ("prompts", "seed", "split", "batch", "switch_mode", "checkpoint")},
         "weights": {unit.model: unit.facts["weights"] for unit in units},
+        "sampling": list(dict.fromkeys(sampled)),
         "device": units[0].facts["device"], "dtype": units[0].facts["dtype"], "versions": versions(raws),
     }  # fmt: skip
     apart = {"results.json": False, "latency.json": True}
@@ -226,8 +240,8 @@ def section(results: dict[str, Any], title: str, pictures: dict[str, list[str]])
     models = ", ".join(f"{name} ({it['weights'][name][:6]})" for name in it["models"])
     lines = [
         f"## {title}", "",
-        f"{models} · {it['prompts']} prompts of `{it['split']}` per suite, seed {it['seed']} · "
-        f"{it['device']}, {it['dtype']} · {versions}", "",
+        f"{models} · {' or '.join(it['sampling'])} · {it['prompts']} prompts of `{it['split']}` per suite, "
+        f"seed {it['seed']} · {it['device']}, {it['dtype']} · {versions}", "",
     ]  # fmt: skip
     for suite in suites_of(results):
         lines += [table(results, suite), "", *pictures.get(suite, [])]

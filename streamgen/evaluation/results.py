@@ -20,7 +20,7 @@ from streamgen.errors import InputError
 from streamgen.evaluation.statistics import mean_interval, paired_interval
 from streamgen.evaluation.suites import find_suite
 
-VERSION = 2
+VERSION = 3
 DIGITS = 6
 TIMED = "latency"
 ENOUGH = 6  # pairs for a mark: fewer agree in sign by chance more often than 5 times of 100

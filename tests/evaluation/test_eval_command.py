@@ -288,6 +288,14 @@ def test_results_of_other_measures_are_not_gone_on_with(evaluate, pipes, monkeyp
     assert json.loads(Path("out/results.json").read_text())["setting"]["versions"]["torch"] == torch.__version__
 
 
+def test_a_section_says_how_its_chunks_were_denoised(evaluate, pipes):
+    presets = "default,deep-forcing,default+ladder.solver=euler+guidance.scale=1,diagonal"
+    assert evaluate("--suites", "short", "--prompts", 1, "--presets", presets)[0] == 0
+    ways = ["12 renoise steps, guidance 3", "12 euler steps, guidance 1", "12, 9, 6 renoise steps, guidance 3"]
+    assert json.loads(Path("out/results.json").read_text())["setting"]["sampling"] == ways
+    assert " · " + " or ".join(ways) + " · " in Path("out/results.md").read_text()
+
+
 def test_a_preset_that_does_not_fit_into_memory_is_a_line(evaluate, pipes, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
