@@ -30,6 +30,7 @@ MEMORY = (  # what could matter to what is kept
 ABLATIONS = (
     *MEMORY,
     "default+schedule.coupling=joint+schedule.stagger=3",  # rolling against self-forcing, all else equal
+    "default+ladder.solver=euler",  # the path of an ODE against fresh noise at every step
     "default+schedule.commit=inplace",
     "default+positions.rule=absolute+schedule.commit=fused",  # against absolute alone: packed positions refuse it
 )  # fmt: skip
