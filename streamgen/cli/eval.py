@@ -163,9 +163,11 @@ def _units(args: argparse.Namespace, suites: Sequence[str]) -> list:
         settings = hub.model_settings(model)
         weights = records.stamp(model, [args.checkpoint])
         for preset in names(args.presets, "presets") if args.presets is not None else [settings.preset]:
-            facts = {"weights": weights, "configuration": digest(preset, settings), "device": str(device)}
+            config = configuration(preset, settings)
+            facts = {"weights": weights, "configuration": digest(config), "device": str(device)}
             facts |= {"dtype": dtype, "checkpoint": args.checkpoint, "measures": MEASURES}
-            units += [Unit(model, preset, suite, options, facts, args.batch, args.switch_mode) for suite in suites]
+            more = (options, facts, args.batch, args.switch_mode, sampling(config))
+            units += [Unit(model, preset, suite, *more) for suite in suites]
     return units
 
 
@@ -178,12 +180,11 @@ def configuration(preset: str, settings):
     return hub.stream_config(chosen.name, settings, chosen.overrides)
 
 
-def digest(preset: str, settings) -> str:
-    """Of the configuration that a preset resolves to on a model."""
+def digest(config) -> str:
+    """Of a configuration: two are the same if their digests are."""
     from omegaconf import OmegaConf
 
-    config = OmegaConf.structured(configuration(preset, settings))
-    text = json.dumps(OmegaConf.to_container(config), sort_keys=True)
+    text = json.dumps(OmegaConf.to_container(OmegaConf.structured(config)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -195,19 +196,17 @@ def sampling(config) -> str:
 
 def _write(args: argparse.Namespace, units: Sequence, raws: Sequence[dict[str, Any]], folder: Path) -> None:
     """The report's files; names on stdout."""
-    from streamgen import hub
     from streamgen.cli.charts import draw_results
     from streamgen.cli.confusions import failings
     from streamgen.evaluation.results import TIMED, load_results, summary, versions, write_json
 
-    sampled = [sampling(configuration(unit.preset, hub.model_settings(unit.model))) for unit in units]
     setting = {
         "models": list(dict.fromkeys(unit.model for unit in units)),
         "presets": list(dict.fromkeys(unit.preset for unit in units)),
         "suites": list(dict.fromkeys(unit.suite for unit in units)),
         **{name: getattr(args, name) for name in ("prompts", "seed", "split", "batch", "switch_mode", "checkpoint")},
         "weights": {unit.model: unit.facts["weights"] for unit in units},
-        "sampling": list(dict.fromkeys(sampled)),
+        "sampling": list(dict.fromkeys(unit.sampling for unit in units)),
         "device": units[0].facts["device"], "dtype": units[0].facts["dtype"], "versions": versions(raws),
     }  # fmt: skip
     apart = {"results.json": False, "latency.json": True}

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from streamgen.cli.eval import LOADING, MODEL, digest, load
+from streamgen.cli.eval import LOADING, MODEL, configuration, digest, load
 from streamgen.cli.parsing import Parser, positive, read_text, whole
 from streamgen.errors import InputError
 
@@ -96,7 +96,8 @@ def _settings(args: argparse.Namespace, prompts: list[str], given: list[Path] | 
     known = hub.model_settings(args.model)
     preset = args.preset or known.preset
     named = {"model": args.model, "checkpoint": args.checkpoint, "dtype": args.dtype, "preset": preset}
-    facts = {"weights": records.stamp(args.model, [args.checkpoint]), "configuration": digest(preset, known)}
+    config = configuration(preset, known)
+    facts = {"weights": records.stamp(args.model, [args.checkpoint]), "configuration": digest(config)}
     return {**own, **named, **facts, "seed": args.seed, "seconds": args.seconds}
 
 

@@ -73,6 +73,7 @@ class Unit:
     facts: dict[str, Any] = field(default_factory=dict)
     batch: int = 8
     mode: str | None = None
+    sampling: str = ""  # in words, for the report; `facts` hold all of the configuration
 
     @property
     def name(self) -> str:
